@@ -23,6 +23,7 @@ from torch import nn
 from bytecap.errors import ArtifactError
 from bytecap.model import streaming
 from bytecap.system.transfers import to_device
+from bytecap.types import Unit
 
 Values = Mapping[str, npt.NDArray[Any] | torch.Tensor]  # a tensor becomes the module's own
 
@@ -60,6 +61,11 @@ def copy_of(module: nn.Module) -> nn.Module:
         shared = t.detach()
         memo[id(t)] = nn.Parameter(shared, requires_grad=t.requires_grad) if isinstance(t, nn.Parameter) else shared
     return copy.deepcopy(module, memo)
+
+
+def as_stored(unit: Unit, matrix: torch.Tensor) -> torch.Tensor:
+    """Return a tensor (rows, cols), as coders see it, in the unit's stored layout."""
+    return (matrix.T if unit.transposed else matrix).reshape(unit.shape)
 
 
 @torch.no_grad()

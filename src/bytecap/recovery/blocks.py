@@ -22,7 +22,7 @@ from torch.func import functional_call
 from bytecap.job import Job
 from bytecap.model.evaluation import kl_to
 from bytecap.model.forward import batch_tokens, batches, predictions
-from bytecap.model.quantized_copy import copy_of, load_values
+from bytecap.model.quantized_copy import as_stored, copy_of, load_values
 from bytecap.model.texts import leading
 from bytecap.types import Unit
 
@@ -54,7 +54,7 @@ class Part:
     def stored(self) -> Tensor:
         """Return the weight in stored layout."""
         matrix = self.weight()
-        return (matrix.T if self.unit.transposed else matrix).reshape(self.unit.shape)
+        return as_stored(self.unit, matrix)
 
 
 @dataclass

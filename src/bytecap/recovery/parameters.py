@@ -26,6 +26,7 @@ from bytecap.format.coders.grid import GridCode
 from bytecap.format.coders.trellis import dependent
 from bytecap.format.entropy.shared_tables import count_symbols
 from bytecap.model.checkpoint import as_matrix
+from bytecap.model.quantized_copy import as_stored
 from bytecap.quantization.quantizer import Coded, Prepared, rate
 from bytecap.quantization.stored import StoredPrepared
 from bytecap.quantization.symbols_there import symbols_anywhere
@@ -162,7 +163,7 @@ class TunedParameters:
             change: of the logarithm of their steps.
             walk: codes them stage by stage; all at once by default.
         """
-        self.aim(names)
+        self._aim(names)
         self._set_offsets()
         for n in names:
             self._matrices[n].step = self._state.steps[n] * math.exp(change)
@@ -173,7 +174,7 @@ class TunedParameters:
         coded = {n: self._matrices[n].coded for n in names}
         return sum(rate(c, self._rules.shared) - self._state.rates[n] for n, c in coded.items() if c is not None)
 
-    def aim(self, names: Sequence[str]) -> None:
+    def _aim(self, names: Sequence[str]) -> None:
         """Mark matrices that are to be coded as not coded yet, at the targets from before a walk moved them."""
         if self._aims.keys() != set(names):
             self._aims = {n: self._matrices[n].target for n in names}
@@ -245,7 +246,7 @@ class TunedParameters:
             matrix = m.weight if m.points is None else self._decoded(m, at, offsets)[0]
             if isinstance(m.item, DifferenceUnit):
                 matrix = matrix + torch.from_numpy(m.item.below).to(matrix.device)
-            found[n] = (matrix.T if g.unit.transposed else matrix).reshape(g.unit.shape)
+            found[n] = as_stored(g.unit, matrix)
         for n, t in self.vectors.items():
             if only is not None and n not in only:
                 continue

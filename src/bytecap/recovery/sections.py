@@ -24,7 +24,7 @@ from bytecap.format.entropy.shared_tables import load_shared
 from bytecap.format.wire.shared_objects import load_objects
 from bytecap.job import Job, Outcome, Section
 from bytecap.model.batches import is_batches
-from bytecap.model.quantized_copy import Lazy, copy_of, load_values
+from bytecap.model.quantized_copy import Lazy, as_stored, copy_of, load_values
 from bytecap.recovery import loop
 from bytecap.recovery.kl_passes import Passes, same_again
 from bytecap.recovery.loop import Clock, Schedule
@@ -46,8 +46,7 @@ class _Part:
     def values(self) -> Tensor:
         """Return the values in stored layout, with gradient."""
         matrix = self.continuous.matrix(self.leaves, None)
-        found: Tensor = (matrix.T if self.unit.transposed else matrix).reshape(self.unit.shape)
-        return found
+        return as_stored(self.unit, matrix)
 
     def written(self) -> Section:
         """Return the section as a file would hold it now."""

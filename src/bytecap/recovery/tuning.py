@@ -42,7 +42,7 @@ from bytecap.model.batches import is_batches
 from bytecap.model.quantized_copy import load_values
 from bytecap.recovery import loop
 from bytecap.recovery.checkpointing import ProgressCheckpoint
-from bytecap.recovery.group_walk import GroupWalk
+from bytecap.recovery.group_walk import GroupWalk, TunedUnits
 from bytecap.recovery.kl_passes import Passes, same_again, tokens_of_iteration
 from bytecap.recovery.loop import Clock, Schedule
 from bytecap.recovery.parameters import TunedParameters
@@ -118,11 +118,12 @@ class _TuningRun:
 
     def code(self, names: list[str], change: float) -> float:
         """Code a group, see `TunedParameters.code`."""
-        if self._walk is None:
-            return self.parameters.code(names, change)
-        self.parameters.aim(names)
+        return self.parameters.code(names, change, None if self._walk is None else partial(self._walked, self._walk))
+
+    def _walked(self, walk: GroupWalk, names: Sequence[str], units: TunedUnits) -> None:
+        """Code a group along a walk, from the present values of all units."""
         self.passes.load(self.parameters.values())
-        return self.parameters.code(names, change, partial(self._walk.code, self.quantized_copy))
+        walk.code(self.quantized_copy, names, units)
 
     def keep(self, optimizer: torch.optim.Adam, clock: Clock, group: int, beyond: float) -> None:
         """Keep the progress in the store, after a group was coded and the rest was tuned."""

@@ -21,17 +21,16 @@ from torch import Tensor, nn
 from bytecap.allocation.target_fit import trial_rows
 from bytecap.job import Job
 from bytecap.model.checkpoint import as_matrix
-from bytecap.model.quantized_copy import Values
+from bytecap.model.quantized_copy import Values, as_stored
 from bytecap.recovery import loop
 from bytecap.recovery.group_walk import GroupWalk
 from bytecap.recovery.kl_passes import Passes
 from bytecap.recovery.loop import Clock
 from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.rounding import Coding, Rounded, round_all
-from bytecap.runtimes.gguf.solve import Found, unit_values
+from bytecap.runtimes.gguf.solve import Found, rounded_values
 from bytecap.runtimes.gguf.targets import members_of, moved_to, row_weights
 from bytecap.sizes import in_groups
-from bytecap.types import Unit
 
 RATE = 0.004  # learning rate of values, in steps of each one's grid
 GROUPS = 24  # times that tensors are coded
@@ -87,18 +86,18 @@ class BlockUnits:
 
     def tuned(self) -> dict[str, Tensor]:
         """Return the values of units that are not coded yet, in steps of their grids."""
-        return {n: t for n, t in self._points.items() if self.waits(n)}
+        return dict(self._points)
 
     def values(self, names: Sequence[str] | None = None) -> dict[str, Tensor]:
         """Return the present values of units, all by default, in stored layout."""
         return {
-            n: self._values[n] if n in self._values else self._stored(n)
+            n: as_stored(self._units[n], self._weight(n)) if self.waits(n) else self._values[n]
             for n in (self.names if names is None else names)
         }
 
-    def _stored(self, name: str) -> Tensor:
-        unit = self._units[name]
-        return _from_matrix(unit, self._points[name] * self._grid[name])
+    def _weight(self, name: str) -> Tensor:
+        """Return the present values (rows, cols) of a unit that is not coded yet."""
+        return self._points[name] * self._grid[name]
 
     def slope(self, name: str, gradient: Tensor) -> Tensor:
         """Return the gradient in steps of the grid, from that of the stored values."""
@@ -106,23 +105,23 @@ class BlockUnits:
 
     def waits(self, name: str) -> bool:
         """See `TunedUnits`."""
-        return name in self._units and name not in self._values
+        return name in self._points
 
     def trial(self, name: str) -> tuple[Tensor, Tensor]:
         """See `TunedUnits`."""
-        return trial_rows(self._points[name] * self._grid[name], row_weights(self._members[name]))
+        return trial_rows(self._weight(name), row_weights(self._members[name]))
 
     def times(self, name: str, matrix: Tensor) -> Tensor:
         """See `TunedUnits`."""
-        return (self._points[name] * self._grid[name]) @ matrix
+        return self._weight(name) @ matrix
 
     def round(self, names: Sequence[str], changes: Mapping[str, Tensor]) -> Values:
         """See `TunedUnits`."""
-        aimed = {n: self._points[n] * self._grid[n] + changes.get(n, 0.0) for n in names}
+        aimed = {n: self._weight(n) + changes.get(n, 0.0) for n in names}
         moved = [moved_to(i, w) for n, w in aimed.items() for i in self._members[n]]
         coded = round_all(self._coding, moved, self._settings, lambda _: None)
         self.rounded |= coded
-        found = unit_values(self._job.model, moved, {n: r.values for n, r in coded.items()})
+        found = rounded_values(self._job.model, moved, coded)
         for n in names:
             del self._points[n], self._grid[n]
         self._values |= {n: torch.from_numpy(v).to(self._job.device) for n, v in found.items()}
@@ -167,7 +166,3 @@ def code_anew(units: BlockUnits, passes: Passes, quantized_copy: nn.Module, walk
             optimizer.step()
             optimizer.zero_grad()
     passes.load(units.values())
-
-
-def _from_matrix(unit: Unit, matrix: Tensor) -> Tensor:
-    return (matrix.T if unit.transposed else matrix).reshape(unit.shape)

@@ -84,7 +84,7 @@ def solve(
     plan, room = allocate(scaled)
     settings = _settings(plan, bound)
     rounded = _round(job, items, coding, settings, first, rounded)
-    load_values(quantized_copy, unit_values(job.model, items, _decoded(rounded, rounded)))
+    load_values(quantized_copy, rounded_values(job.model, items, rounded))
     predicted = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device)[0]
     return Found(plan, settings, margin(scaled, plan, room), rounded, predicted, smallest_step(scaled, plan))
 
@@ -171,6 +171,11 @@ def unit_values(model: Model, items: Sequence[Item], values: Mapping[str, Any]) 
         return Lazy(list(members), one)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return dict(zip(members, pool.map(one, members), strict=True))
+
+
+def rounded_values(model: Model, items: Sequence[Item], rounded: Mapping[str, Rounded]) -> Values:
+    """Decoded units of rounded tensors, see `unit_values`."""
+    return unit_values(model, items, _decoded(rounded, rounded))
 
 
 def _factors(

@@ -27,7 +27,7 @@ from bytecap.model.texts import leading
 from bytecap.model.uncertainty import surely_worse
 from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.rounding import Coding, Rounded, round_all
-from bytecap.runtimes.gguf.solve import Found, unit_values
+from bytecap.runtimes.gguf.solve import Found, rounded_values, unit_values
 from bytecap.types import Unit
 
 TOKENS = 16_384  # that a walk sees
@@ -64,7 +64,7 @@ def follow_prefix(job: Job, items: Sequence[Item], coding: Coding, found: Found)
         moved = [moved_to(i, w) for n, w in aimed.items() for i in members[n]]
         coded = round_all(coding, moved, found.settings, lambda _: None)
         rounded.update(coded)
-        return unit_values(model, moved, {n: r.values for n, r in coded.items()})
+        return rounded_values(model, moved, coded)
 
     with job.reporter.step("targets", 1) as advance:
         try:
@@ -82,7 +82,7 @@ def follow_prefix(job: Job, items: Sequence[Item], coding: Coding, found: Found)
 def _better(job: Job, items: Sequence[Item], found: Found, rounded: Mapping[str, Rounded]) -> Found:
     """Return the plan with other codes unless these surely have the higher KL on the correction tokens."""
     variants = {
-        label: unit_values(job.model, items, {n: r.values for n, r in codes.items()})
+        label: rounded_values(job.model, items, codes)
         for label, codes in (("before", found.rounded), ("after", rounded))
     }
     original, windows = job.model.module, job.sets.correction

@@ -23,7 +23,7 @@ from bytecap.allocation.asymmetric_targets import order_of
 from bytecap.job import Job
 from bytecap.job.effort import Effort
 from bytecap.model.forward import pass_tokens
-from bytecap.model.quantized_copy import Values, copy_of, load_values
+from bytecap.model.quantized_copy import Values, as_stored, copy_of, load_values
 from bytecap.recovery import loop
 from bytecap.recovery.group_walk import GroupWalk
 from bytecap.recovery.kl_passes import Passes, same_again
@@ -34,7 +34,7 @@ from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.places import Layout, Place
 from bytecap.runtimes.gguf.recoding import BlockUnits, code_anew
 from bytecap.runtimes.gguf.rounding import Coding, Rounded
-from bytecap.runtimes.gguf.solve import Found, unit_values
+from bytecap.runtimes.gguf.solve import Found, rounded_values
 from bytecap.types import Unit
 
 RATE = 1.5e-3  # first learning rate, relative to each number
@@ -126,7 +126,7 @@ class _Owner:
         if self.order is not None:
             found = found[self.order]
         matrix = found.reshape(self.unit.matrix_shape)
-        return (matrix.T if self.unit.transposed else matrix).reshape(self.unit.shape)
+        return as_stored(self.unit, matrix)
 
 
 def owners_of(
@@ -236,7 +236,7 @@ def _iterations(effort: Effort, passes: Passes, items: Sequence[Item]) -> float:
 
 
 def _values(job: Job, file: _File) -> Values:
-    return unit_values(job.model, file.items, {n: r.values for n, r in file.found.rounded.items()})
+    return rounded_values(job.model, file.items, file.found.rounded)
 
 
 def _code(
