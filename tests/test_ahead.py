@@ -38,14 +38,15 @@ def _stand_ins(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     properties = SimpleNamespace(total_memory=30 * ahead._SHARE)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(ahead, "allowed", lambda _: properties.total_memory)
 
 
-def begun(numbers, sizes, scarce=()):
+def begun(numbers, sizes, scarce=(), most=1):
     """Take batches in order; returns what was under way whenever one was taken."""
     under_way, seen = [], []
 
     def begin(i):
-        if i in scarce and under_way:
+        if i in scarce and len(under_way) >= most:
             raise torch.OutOfMemoryError
         under_way.append(i)
         return lambda: 10 * i
@@ -74,6 +75,15 @@ def test_only_numbers_that_are_asked_for_are_begun():
 
 def test_where_memory_ends_they_go_one_by_one():
     assert begun([0, 1, 2], [1, 1, 1], scarce=(1,)) == [[0], [1], [2]]
+
+
+def test_where_memory_ends_half_of_what_was_under_way_goes_on():
+    assert begun(range(6), [4] * 6, scarce=range(6), most=4) == [[0, 1, 2, 3], [1, 2, 3], [2, 3], [3, 4], [4, 5], [5]]
+
+
+def test_a_bounded_process_has_less_under_way(monkeypatch):
+    monkeypatch.setattr(ahead, "allowed", lambda _: 20 * ahead._BOUNDED_SHARE)
+    assert begun([0, 1, 2], [10, 10, 10]) == [[0, 1], [1, 2], [2]]
 
 
 def test_memory_that_does_not_do_for_one_is_an_error():

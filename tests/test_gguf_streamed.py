@@ -54,7 +54,8 @@ def test_a_streamed_fit_gives_the_file_of_one_in_memory(
 )
 def test_what_is_not_streamed_says_so(model_directory, options, reason) -> None:
     config, told = FitConfig(10**9, **{"format": "gguf", "memory": "1MB", **options}), Told()
-    memory.open_model(model_directory("rotary"), config, "cpu", told, None)
+    with memory.opened(model_directory("rotary"), config, "cpu", told, None):
+        pass
     assert len(told.notes) == 1
     assert "is not streamed" in told.notes[0]
     assert reason in told.notes[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,8 +143,13 @@ def outputs_of(configs: Sequence[FitConfig], pages: Sequence[Path] = ()) -> dict
 def _fit_all(model: Model | Path | str, configs: Sequence[FitConfig], started: float) -> list[Artifact]:
     """Fit once for each config, after the cheap checks."""
     asked = [check(config) for config in configs]
-    loaded = model if isinstance(model, Model) else _load(model, asked[0])
-    ranks = several.ranks_of(configs[0])
+    with _opened(model, asked[0]) as loaded:
+        return _fit_opened(loaded, asked, started)
+
+
+def _fit_opened(loaded: Model, asked: Sequence[Asked], started: float) -> list[Artifact]:
+    """Fit a model once for each of several options."""
+    ranks = several.ranks_of(asked[0].config)
     several.check_model(loaded, ranks, asked[0].device)
     opened = [open_model(a, loaded) for a in asked]
     with allocator.stated(loaded.parameters, streamed=streaming.of(loaded.module) is not None):
@@ -159,10 +164,10 @@ def _fit_hub(model: Model | Path | str, configs: Sequence[FitConfig], started: f
     for config in configs:
         if config.output is not None:
             check_directory(Path(config.output))
-    loaded = model if isinstance(model, Model) else _load(model, asked)
-    plans = [hub_directory.divide(loaded, config) for config in configs]
-    with plans[0].floor():
-        found = _fit_all(loaded, [p.config for p in plans], started)
+    with _opened(model, asked) as loaded:
+        plans = [hub_directory.divide(loaded, config) for config in configs]
+        with plans[0].floor():
+            found = _fit_all(loaded, [p.config for p in plans], started)
     return [p.finished(a) for p, a in zip(plans, found, strict=True)]
 
 
@@ -214,10 +219,10 @@ def _named(path: Path | str | None, budget: str) -> str | None:
     return None if path is None else str(path).replace("{budget}", budget)
 
 
-def _load(model: Path | str, asked: Asked) -> Model:
+def _opened(model: Model | Path | str, asked: Asked) -> AbstractContextManager[Model]:
     """Read a checkpoint, or open it to be streamed."""
     begin = _pack if asked.config.tokenizer and not asked.config.base else None
-    return memory.open_model(model, asked.config, asked.device, asked.reporter, begin)
+    return memory.opened(model, asked.config, asked.device, asked.reporter, begin)
 
 
 def _pack(files: dict[str, Any]) -> None:

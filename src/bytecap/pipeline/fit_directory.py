@@ -51,8 +51,8 @@ def fit_directory_configs(model: Model | Path | str, configs: Sequence[FitConfig
         check_budget(c.budget)
     first = configs[0]
     told, device = reporter_for(first.reporter, first.progress), choose_device(first.device)
-    loaded = model if isinstance(model, Model) else memory.open_model(model, first, device, told, None)
-    return [_fit_one(loaded, c) for c in configs]
+    with memory.opened(model, first, device, told, None) as loaded:
+        return [_fit_one(loaded, c) for c in configs]
 
 
 @configured

@@ -83,13 +83,13 @@ def fit_gguf_configs(
     menu, device, _ = parse_types(first.types), choose_device(first.device), effort_of(first.recover)
     library()
     told = reporter_for(first.reporter, first.progress)
-    loaded = model if isinstance(model, Model) else memory.open_model(model, first, device, told, None)
-    path = first.template
-    template = None if path is None else read_template(Path(path), loaded, quantized=quantized)
-    found: list[RuntimeModel] = []
-    for c in configs:
-        frame = _frame(loaded, menu, c.pure, template, reporter_for(c.reporter, c.progress))
-        found.append(_fit_one(loaded, frame, c, device))
+    with memory.opened(model, first, device, told, None) as loaded:
+        path = first.template
+        template = None if path is None else read_template(Path(path), loaded, quantized=quantized)
+        found: list[RuntimeModel] = []
+        for c in configs:
+            frame = _frame(loaded, menu, c.pure, template, reporter_for(c.reporter, c.progress))
+            found.append(_fit_one(loaded, frame, c, device))
     return found
 
 

@@ -10,13 +10,14 @@ say. `--memory` limits it; by default it is what is free on the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from bytecap.errors import BytecapError
+from bytecap.errors import BytecapError, ShortageError
 from bytecap.format.contents import Contents
 from bytecap.format.decoder import side_files
 from bytecap.format.updates import units_of
@@ -34,6 +35,7 @@ from bytecap.progress import Reporter
 from bytecap.runtimes import hub
 from bytecap.sizes import parse_size
 from bytecap.system import allocator
+from bytecap.system.device_memory import bounded
 from bytecap.system.scratch import Scratch
 
 _A_PARAMETER = {"cpu": 16, "cuda": 20}  # bytes that a fit in memory takes of the device, measured
@@ -41,6 +43,8 @@ _HOST = 8  # bytes a parameter that a fit on a GPU takes of the machine besides
 _BASE = {"cpu": 700_000_000, "cuda": 3_000_000_000}
 _STREAMED = {OURS, "gguf"}  # formats
 _A_VALUE = 4  # bytes a parameter that a model takes to be scored
+_SPARE = 8  # of a GPU's memory, one part for what is reserved and not in use
+_NO = "its driver has no segments that grow"
 _BLOCKS = 8  # times the largest block and what is outside the chain, in float32, that a streamed fit takes
 
 
@@ -98,50 +102,83 @@ def open_to_score(
     return opened
 
 
-def open_model(
-    model: Path | str,
+@contextmanager
+def opened(
+    model: Model | Path | str,
     config: FitConfig,
     device: str,
     reporter: Reporter,
     begin: Callable[[dict[str, bytes]], None] | None,
-) -> Model:
-    """Open a checkpoint, streamed where a fit of it would not fit into memory.
+) -> Iterator[Model]:
+    """Open a checkpoint for a job, streamed where a fit of it would not fit into memory.
 
     Args:
-        model: directory, file or hub id.
+        model: directory, file or hub id; one that is loaded is given as it is.
         config: options.
         device: torch device of the fit.
         reporter: told why a model that should be streamed is not.
         begin: given the side files before the model is built.
     """
+    if isinstance(model, Model):
+        yield model
+        return
+    found, most = _open(model, config, device, reporter, begin)
+    with bounded(most) as holds:
+        if most is not None:
+            says = f"torch reserves at most {most / 1e9:.1f} GB of the GPU"
+            reporter.note(says if holds else f"torch may reserve more of the GPU than --memory says: {_NO}")
+        try:
+            yield found
+        except ShortageError as exc:
+            if not holds or most is None or not _of_gpu(exc.__cause__):
+                raise
+            raise ShortageError(
+                f"out of memory within the {most / 1e9:.1f} GB of the GPU that a job may reserve: "
+                "give it a larger --memory, or shorter passes by a smaller --window"
+            ) from exc
+
+
+def _of_gpu(exc: BaseException | None) -> bool:
+    return isinstance(exc, torch.OutOfMemoryError) or "device's memory" in str(exc)
+
+
+def _open(
+    model: Path | str,
+    config: FitConfig,
+    device: str,
+    reporter: Reporter,
+    begin: Callable[[dict[str, bytes]], None] | None,
+) -> tuple[Model, int | None]:
+    """Open a checkpoint; returns also what the job may reserve of a GPU, if that is bounded."""
     allow = config.allow_unused or ()
     limit = limit_of(config.memory, device)
     ranks = several.ranks_of(config)
     if limit is not None and config.memory is None and device == "cpu":
         limit //= ranks.on_host
-    directory = resolve(model)
+    directory, most = resolve(model), None
     if limit is not None and directory.suffix != gguf_file.SUFFIX:
-        headers = _headers(directory, allow)
+        headers, reason = _headers(directory, allow), _reason(config)
         wanted = needs_streaming(_parameters(headers), device, limit) or (
             config.memory is None
             and device == "cuda"
             and _HOST * _parameters(headers) > (free("cpu") or math.inf) / ranks.on_host
         )
         wanted = ranks.from_first(partial(bool, wanted))  # hosts may differ in what is free
-        reason = _reason(config) if wanted else None
+        if config.memory is not None and device == "cuda" and reason is None and format_of(config) == OURS:
+            most = max(limit, _need(headers, device)) if wanted else limit
         if wanted and reason is None:
             kept = Scratch(_beside(config), *_room(headers, device, limit, ranks.on_host))
             ranks.at_end(kept.close)
             try:
-                opened = open_streamed(model, kept, device=device, begin=begin, allow_unused=allow)
+                found = open_streamed(model, kept, device=device, begin=begin, allow_unused=allow)
             except Unstreamable as exc:
-                reason = str(exc)
+                reason, most = str(exc), None
             else:
                 reporter.note(f"a fit in memory would need more than {limit / 1e9:.1f} GB: the model is streamed")
-                return opened
-        if reason is not None:
+                return found, most
+        if wanted:
             reporter.note(f"{model} is not streamed: {reason}")
-    return load_checkpoint(model, begin=begin, allow_unused=allow)
+    return load_checkpoint(model, begin=begin, allow_unused=allow), most
 
 
 def _reason(config: FitConfig) -> str | None:
@@ -175,15 +212,22 @@ def _beside(config: FitConfig) -> Path | None:
     return None if config.output is None else Path(config.output).absolute().parent
 
 
-def _room(headers: dict[Path, Header], device: str, limit: int, on_host: int) -> tuple[int, int]:
-    """Bytes of the machine, which some ranks share, and of the device that may hold work files' tensors."""
+def _need(headers: dict[Path, Header], device: str) -> int:
+    """Bytes that a streamed fit takes of a device, beside its work files."""
     shapes = [tuple(e["shape"]) for header in headers.values() for e in header.values()]
     largest = max(shapes, key=math.prod, default=(0,))
-    need = _BASE[device] + 4 * _BLOCKS * math.prod(largest)
+    need: int = _BASE[device] + 4 * _BLOCKS * math.prod(largest)
     if device == "cpu":
         need += 4 * WAITING["cpu"] * min(largest, default=0)  # an embedding's width
+    return need
+
+
+def _room(headers: dict[Path, Header], device: str, limit: int, on_host: int) -> tuple[int, int]:
+    """Bytes of the machine, which some ranks share, and of the device that may hold work files' tensors."""
+    need = _need(headers, device)
+    if device == "cpu":
         return max(0, (limit - need) // 2), 0
-    return (free("cpu") or 0) // 2 // on_host, max(0, (limit - need) * 4 // 5)
+    return (free("cpu") or 0) // 2 // on_host, max(0, (limit - limit // _SPARE - need) * 4 // 5)
 
 
 def free(device: str) -> int | None:

@@ -13,9 +13,12 @@ from typing import Generic, TypeVar
 
 import torch
 
+from bytecap.system.device_memory import allowed
+
 _Found = TypeVar("_Found")
 _Item = TypeVar("_Item")
 _SHARE = 12  # of a GPU's memory, one part for what is under way
+_BOUNDED_SHARE = 6  # of what a process may take of it
 _STREAMS: dict[torch.device, list[torch.cuda.Stream]] = {}  # few: memory that one has freed serves no other
 
 
@@ -78,7 +81,8 @@ class Ahead(Generic[_Found]):
         self._begun: dict[int, tuple[torch.cuda.Stream, Callable[[], _Found]]] = {}
         self._room = 0
         if device.type == "cuda":
-            self._room = torch.cuda.get_device_properties(device).total_memory // _SHARE
+            whole = torch.cuda.get_device_properties(device).total_memory
+            self._room = min(whole // _SHARE, allowed(device) // _BOUNDED_SHARE)
 
     def _fill(self) -> None:
         """Begin the batches that there is room for."""
@@ -95,7 +99,7 @@ class Ahead(Generic[_Found]):
             except torch.OutOfMemoryError:
                 if not self._begun:
                     raise
-                self._room = 0  # one at a time from now on
+                self._room = used // 2  # fewer at a time from now on, and room for what taking them needs
                 return
             self._waiting.pop(0)
 
