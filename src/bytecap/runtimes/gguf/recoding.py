@@ -30,7 +30,7 @@ from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.rounding import Coding, Rounded, round_all
 from bytecap.runtimes.gguf.solve import Found, rounded_values
 from bytecap.runtimes.gguf.targets import members_of, moved_to, row_weights
-from bytecap.sizes import in_groups
+from bytecap.sizes import in_groups, in_parts
 
 RATE = 0.004  # learning rate of values, in steps of each one's grid
 GROUPS = 24  # times that tensors are coded
@@ -79,10 +79,7 @@ class BlockUnits:
 
     def groups(self, most: int) -> list[list[str]]:
         """Split the units, in the model's order, into at most so many groups of about equally many values."""
-        sizes = {n: u.parameters for n, u in self._units.items()}
-        bounds = np.cumsum(list(sizes.values())) - np.array(list(sizes.values())) / 2
-        at = (bounds / max(1, sum(sizes.values())) * most).astype(int)
-        return [[n for n, i in zip(sizes, at, strict=True) if i == k] for k in sorted(set(at.tolist()))]
+        return in_parts(self.names, lambda n: self._units[n].parameters, most)
 
     def tuned(self) -> dict[str, Tensor]:
         """Return the values of units that are not coded yet, in steps of their grids."""
