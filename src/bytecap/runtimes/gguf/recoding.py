@@ -30,13 +30,12 @@ from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.rounding import Coding, Rounded, round_all
 from bytecap.runtimes.gguf.solve import Found, rounded_values
 from bytecap.runtimes.gguf.targets import members_of, moved_to, row_weights
-from bytecap.sizes import in_groups, in_parts
+from bytecap.sizes import in_parts
 
 RATE = 0.004  # learning rate of values, in steps of each one's grid
 GROUPS = 24  # times that tensors are coded
 _WARMING = 10  # iterations until the full rate
 _TOGETHER = 32  # columns that share a step here
-_AT_ONCE = 2**26  # values that are moved together: a GPU holds some copies of them
 _LEAST = 1e-4  # step in root mean squares of a matrix, where rounding leaves nothing
 
 
@@ -141,10 +140,7 @@ def code_anew(units: BlockUnits, passes: Passes, quantized_copy: nn.Module, walk
         walk: of groups.
         clock: of the effort.
     """
-    parts = in_groups(list(units.tuned().values()), Tensor.numel, _AT_ONCE)
-    optimizer = torch.optim.Adam(
-        [{"params": some, "first": RATE} for some in parts], lr=0.0, betas=(0.9, 0.95), eps=1e-12
-    )
+    optimizer = loop.adam((t, RATE) for t in units.tuned().values())
     sound, groups = True, units.groups(clock.parts(GROUPS - 1) + 1)  # behind the last one nothing is left to tune
     for number, group in enumerate(groups, 1):
         passes.load(units.values())

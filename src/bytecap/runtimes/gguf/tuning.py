@@ -259,7 +259,7 @@ def _tune_numbers(
     load_values(quantized_copy, _values(job, file))
     owners = owners_of(job, file.layout, file.items, file.found, file.vectors, file.tables)
     leaves = [t for o in owners for p in o.parts for t in p.leaves]
-    optimizer = torch.optim.Adam([{"params": leaves, "first": RATE}], lr=0.0, betas=(0.9, 0.98), eps=1e-12)
+    optimizer = loop.adam(((t, RATE) for t in leaves), betas=(0.9, 0.98))
 
     def check() -> tuple[float, list[Tensor]]:
         with torch.no_grad():
