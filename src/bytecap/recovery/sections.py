@@ -100,10 +100,7 @@ class _Tuning:
     def iterate(self, rate: float) -> float:
         """Make one iteration at a share of the first rates; returns the mean KL before it."""
         self.optimizer.zero_grad()
-        values = {n: p.values() for n, p in self.parts.items()}
-        self.passes.load({n: v.detach() for n, v in values.items()})
-        kl, found = self.passes.gradients(list(values))
-        torch.autograd.backward(list(values.values()), [found[n].to(v.dtype) for n, v in values.items()])
+        kl = self.passes.backward({n: p.values() for n, p in self.parts.items()})
         loop.set_rates(self.optimizer, rate)
         self.optimizer.step()
         return kl

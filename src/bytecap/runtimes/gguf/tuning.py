@@ -279,10 +279,7 @@ def _tune_numbers(
 def _iterate(passes: Passes, owners: Sequence[_Owner], optimizer: torch.optim.Adam, rate: float) -> float:
     """Make one iteration at a share of the first rate; returns the mean KL before it."""
     optimizer.zero_grad()
-    values = {o.unit.name: o.values() for o in owners}
-    passes.load({n: v.detach() for n, v in values.items()})
-    kl, slopes = passes.gradients(list(values))
-    torch.autograd.backward(list(values.values()), [slopes[n].to(v.dtype) for n, v in values.items()])
+    kl = passes.backward({o.unit.name: o.values() for o in owners})
     loop.set_rates(optimizer, rate)
     optimizer.step()
     return kl
