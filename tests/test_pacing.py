@@ -78,15 +78,26 @@ def test_without_a_capacity_steps_are_those_of_the_plan(monkeypatch):
 
 
 def counted(monkeypatch):
-    """Whole roundings and packings of each unit, by name, from now on."""
-    rounded, packed = {}, {}
-    rounding, packing = Planner._rounded, Planner.encode
+    """From now on: whole roundings of each unit by name, without those of searches; packings; samples; searches."""
+    rounded, packed, sampled, searches = {}, {}, set(), []
+    rounding, packing, searching = Planner._rounded, Planner.encode, Planner.search
 
     def count_rounding(self, items, *rest):
-        for p in items:
-            if not isinstance(p, stored.Sample | stored.HeldSample):
-                rounded[p.unit.name] = rounded.get(p.unit.name, 0) + 1
+        for n, p in ((p.unit.name, p) for p in items):
+            if isinstance(p, stored.Sample | stored.HeldSample):
+                sampled.add(n)
+            elif not searches or searches[-1] == "over":
+                rounded[n] = rounded.get(n, 0) + 1
         return rounding(self, items, *rest)
+
+    def count_searches(self, *args, **options):
+        if self.sample is None:  # it is the sample
+            return searching(self, *args, **options)
+        searches.append("on")
+        try:
+            return searching(self, *args, **options)
+        finally:
+            searches[-1] = "over"
 
     def count_packing(self, state, names=None):
         for n in self.names if names is None else names:
@@ -94,8 +105,9 @@ def counted(monkeypatch):
         return packing(self, state, names)
 
     monkeypatch.setattr(Planner, "_rounded", count_rounding)
+    monkeypatch.setattr(Planner, "search", count_searches)
     monkeypatch.setattr(Planner, "encode", count_packing)
-    return rounded, packed
+    return rounded, packed, sampled, searches
 
 
 @pytest.mark.slow
@@ -108,7 +120,7 @@ def test_a_large_model_is_not_rounded_for_the_cap(memory, model_directory, texts
     cost, directory = retargeting._cost, model_directory("rotary", num_hidden_layers=4)
     monkeypatch.setattr(retargeting, "_cost", lambda *args: (cost(*args)[0] / 2, cost(*args)[1]))  # targets are kept
     files = {"calibration": texts["calib"], "evaluation": texts["val"], "memory": memory, **SMALL}
-    rounded, packed = counted(monkeypatch)
+    rounded, packed, sampled, searches = counted(monkeypatch)
     plain = bytecap.fit(directory, BUDGET, options={"correct": False}, **files)
     assert plain.length <= BUDGET
     assert plain.report["slack_bytes"] <= BUDGET // 100
@@ -116,8 +128,12 @@ def test_a_large_model_is_not_rounded_for_the_cap(memory, model_directory, texts
     few = [n for n in packed if ".layers.0." in n]
     assert len(few) > 6
     assert {packed[n] for n in few} == {1}
-    walks = [n for n in few if n in rounded]
-    assert walks
+    # whole roundings are one of each search (`test_search`), and the walk's; a few of the last units meet the cap
+    assert searches == ["over", "over"]
+    walks = [n for n in sampled if ".layers.3." not in n and "embed" not in n]
+    assert len(walks) > 12
+    assert {n: rounded[n] for n in walks} == dict.fromkeys(walks, 1)
+    assert "model.embed_tokens.weight" in sampled - rounded.keys()  # nothing gives it a target
     packed.clear()
     kept = bytecap.fit(directory, BUDGET, options={"correct": False}, store=tmp_path, **files)
     assert kept.data == plain.data

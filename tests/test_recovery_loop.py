@@ -101,3 +101,20 @@ def test_an_optimizer_forgets_what_is_no_longer_tuned():
     before = tensors[0].clone()
     optimizer.step()
     assert torch.equal(tensors[0], before)
+
+
+def test_adam_moves_tensors_of_one_rate_together_and_each_at_its_own(monkeypatch):
+    monkeypatch.setattr(loop, "_TOGETHER", 4)
+    tensors = [torch.ones(n, requires_grad=True) for n in (3, 2, 2, 5)]
+    optimizer = loop.adam(zip(tensors, (0.1, 0.2, 0.1, 0.1), strict=True))
+    held = [[len(p) for p in group["params"]] for group in optimizer.param_groups]
+    assert held == [[3], [2], [5], [2]]
+    for share, moved in ((None, (0.0, 0.0, 0.0, 0.0)), (0.5, (0.05, 0.1, 0.05, 0.05))):
+        for t in tensors:
+            t.grad = torch.ones_like(t)
+        if share is not None:
+            loop.set_rates(optimizer, share)
+        optimizer.step()
+        for t, step in zip(tensors, moved, strict=True):
+            assert torch.allclose(1 - t, torch.full_like(t, step), atol=1e-6)
+    assert not [p for group in loop.adam(()).param_groups for p in group["params"]]

@@ -50,6 +50,29 @@ class Restless:
         return State(dict(steps), {}, None, {"a": 1000 - 120 * math.log(steps["a"]) + 400 * (self.looks % 2 == 0)}, {})
 
 
+class Sampled:
+    """A planner whose bytes are a given part more than its sample's; without one it is the sample."""
+
+    parameters, names, finest, search = 1000, ("a",), {"a": 1.0}, Planner.search
+
+    def __init__(self, part=None):
+        self.looks, self.times = 0, 1 + (part or 0)
+        self.sample = None if part is None else Sampled()
+
+    def settle(self, steps, _rules):
+        self.looks += 1
+        return State(dict(steps), {}, None, {"a": self.times * (1000 - 150 * math.log(steps["a"]))}, {})
+
+
+@pytest.mark.parametrize(("part", "looks"), [(0.0, 1), (0.01, 1), (-0.01, 1), (0.2, 3)])
+def test_where_a_sample_says_what_all_take_everything_is_rounded_once(part, looks):
+    planner = Sampled(part)
+    _, state = planner.search({"a": 1.0}, 600, None, start=5.0)
+    assert 0.95 * 600 <= state.rate <= 1.015 * 600
+    assert planner.sample.looks > 1
+    assert planner.looks == looks
+
+
 def test_points_turned_round_by_refitted_tables_say_nothing_of_the_slope():
     found = [(1.410e-5, 92454), (1.736e-5, 88334), (1.756e-5, 87607), (1.735e-5, 87838), (1.713e-5, 87695)]
     seen = [(math.log(c), r) for c, r in found]

@@ -15,7 +15,7 @@ bytecap.errors.UsageError: cannot read the size '3.5', which has no unit: write 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from bytecap.errors import UsageError
@@ -126,3 +126,31 @@ def in_groups(items: Iterable[T], size: Callable[[T], int], most: int, count: in
         held += size(item)
     if group:
         yield group
+
+
+def in_parts(items: Sequence[T], size: Callable[[T], int], most: int, *, fill: bool = False) -> list[list[T]]:
+    """Split items, in their order, into at most `most` parts of about equal summed sizes, none of them empty.
+
+    An item belongs to the part that its middle is in; parts that a large item spans are left out.
+
+    Args:
+        items: to split.
+        size: of an item.
+        most: parts, at least one.
+        fill: give spanned parts to the items behind the large one, one each; a middle between two parts is in the first
+            of them then, else in the second.
+
+    >>> in_parts([9, 1, 1, 1], int, 4), in_parts([9, 1, 1, 1], int, 4, fill=True)
+    ([[9], [1, 1, 1]], [[9], [1], [1], [1]])
+    """
+    twice, held, number = 2 * max(1, sum(map(size, items))), 0, -1
+    parts: list[list[T]] = []
+    for item in items:
+        middle = (2 * held + size(item)) * most
+        at = min((middle - 1) // twice, number + 1) if fill else middle // twice
+        if not parts or at > number:
+            parts.append([])
+            number = at
+        parts[-1].append(item)
+        held += size(item)
+    return parts

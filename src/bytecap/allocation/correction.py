@@ -24,7 +24,7 @@ from bytecap.allocation.planner import Planner, State
 from bytecap.format.decoder import from_matrix
 from bytecap.model.evaluation import kl_each
 from bytecap.model.forward import rough_products
-from bytecap.model.quantized_copy import Lazy, Values
+from bytecap.model.quantized_copy import Lazy, Values, as_stored
 from bytecap.model.texts import Window
 from bytecap.progress import Advance
 from bytecap.system.ranks import ALONE, Ranks
@@ -67,7 +67,7 @@ def unit_values(planner: Planner, state: State, names: Sequence[str] | None = No
         found = planner.decode_there(state, name)
         if found is None:
             return from_matrix(units[name], planner.decode(state, name))
-        return (found.T if units[name].transposed else found).contiguous().reshape(units[name].shape)
+        return as_stored(units[name], found).contiguous()
 
     return Lazy(planner.names if names is None else names, make)
 

@@ -57,7 +57,7 @@ def gradient(
                 with torch.no_grad():
                     target = logits_of(original(inside)).flatten(0, 1)
                 found = logits_of(quantized_copy(inside))
-            kl, slopes = _divergence(found.detach().flatten(0, 1), target, real.flatten(), ids[:, 1:], labels)
+            kl, slopes = divergence(found.detach().flatten(0, 1), target, real.flatten(), ids[:, 1:], labels)
             del target
             torch.autograd.backward(found, slopes.div_(tokens).view_as(found))
             total += kl / tokens
@@ -74,7 +74,9 @@ def gradient(
 
 
 @torch.no_grad()
-def _divergence(found: Tensor, target: Tensor, real: Tensor, ids: Tensor, labels: float) -> tuple[Tensor, Tensor]:
+def divergence(
+    found: Tensor, target: Tensor, real: Tensor | None = None, ids: Tensor | None = None, labels: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Return the loss of logits, summed over real rows, in float64, and its gradient, in the logits' dtype.
 
     Some rows at a time, so that nothing of the vocabulary's width in float32 is ever whole.
@@ -82,12 +84,13 @@ def _divergence(found: Tensor, target: Tensor, real: Tensor, ids: Tensor, labels
     Args:
         found: logits of the copy (rows, vocabulary).
         target: those of the original.
-        real: (rows,), which of them count.
-        ids: the text's own next tokens (batch, length), as many as rows.
-        labels: share of these, see `gradient`.
+        real: (rows,), which of them count; all by default.
+        ids: the text's own next tokens (batch, length), as many as rows; needed for a share of them.
+        labels: that share, see `gradient`.
     """
     slopes, total = torch.empty_like(found), torch.zeros((), dtype=torch.float64, device=found.device)
-    own = ids.flatten().to(found.device) if labels else None
+    own = ids.flatten().to(found.device) if labels and ids is not None else None
+    real = torch.ones(len(found), dtype=torch.bool, device=found.device) if real is None else real
     for at in range(0, len(found), max(1, _AT_A_TIME // found.shape[1])):
         rows = slice(at, at + max(1, _AT_A_TIME // found.shape[1]))
         there, here = (t[rows].float().log_softmax(-1) for t in (target, found))

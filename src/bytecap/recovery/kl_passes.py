@@ -153,6 +153,13 @@ class Passes:
             found, self._batch = halving(work, windows, self._batch, "recovery", self._job.reporter.note)
         return found
 
+    def backward(self, values: Mapping[str, Tensor]) -> float:
+        """Return the KL of values in stored layout on the next windows, and go back from it through their graphs."""
+        self.load({n: v.detach() for n, v in values.items()})
+        kl, found = self.gradients(list(values))
+        torch.autograd.backward(list(values.values()), [found[n].to(v.dtype) for n, v in values.items()])
+        return kl
+
     def check(self) -> float:
         """Return the KL of the quantized copy on the correction tokens."""
         windows = leading(self._job.sets.correction, _CHECK_TOKENS)

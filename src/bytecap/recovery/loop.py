@@ -25,15 +25,18 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from bytecap.job.effort import Effort
 from bytecap.progress import Advance
+from bytecap.sizes import in_groups
 
 Kept = TypeVar("Kept")
 
 _A_PART = 4  # iterations between two changes of what is tuned, at least
 _DIVERGED = 4.0  # times the first KL, beyond which tuning is stopped
 _WORSE, _PATIENCE = 1.1, 3  # times the best KL, and checks in a row that may be beyond it
+_TOGETHER = 2**26  # values that are moved together: a GPU holds some copies of them
 
 
 class Clock:
@@ -121,13 +124,25 @@ def diverging(clock: Clock, what: str, kl: float) -> str:
     return f"recovery diverges after {clock.iterations} iterations of {what} (KL {kl:.4f}): stopped"
 
 
+def adam(rates: Iterable[tuple[Tensor, float]], betas: tuple[float, float] = (0.9, 0.95)) -> torch.optim.Adam:
+    """Return Adam over tensors, if any, each at a first rate of its own; it moves nothing until `set_rates`."""
+    alike: dict[float, list[Tensor]] = {}
+    for tensor, rate in rates:
+        alike.setdefault(rate, []).append(tensor)
+    groups = [
+        {"params": some, "first": rate}
+        for rate, tensors in alike.items() for some in in_groups(tensors, Tensor.numel, _TOGETHER)
+    ]  # fmt: skip
+    return torch.optim.Adam(groups or [{"params": [], "first": 0.0}], lr=0.0, betas=betas, eps=1e-12)
+
+
 def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
     """Set the rates of an optimizer's groups to a share of their first ones, `first`."""
     for group in optimizer.param_groups:
         group["lr"] = share * group["first"]
 
 
-def keep_only(optimizer: torch.optim.Optimizer, tensors: Iterable[torch.Tensor]) -> None:
+def keep_only(optimizer: torch.optim.Optimizer, tensors: Iterable[Tensor]) -> None:
     """Let an optimizer forget all tensors but these, and what it has kept for the others."""
     wanted = {id(t) for t in tensors}
     for group in optimizer.param_groups:

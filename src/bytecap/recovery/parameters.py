@@ -32,6 +32,7 @@ from bytecap.quantization.stored import StoredPrepared
 from bytecap.quantization.symbols_there import symbols_anywhere
 from bytecap.recovery.code_values import Grid, Offsets, Prices
 from bytecap.recovery.group_walk import TunedUnits
+from bytecap.sizes import in_parts
 
 _CODE = ("symbols", "column_step", "column_class", "row_step", "row_class")  # arrays of a code
 Walk = Callable[[Sequence[str], TunedUnits], None]
@@ -124,13 +125,7 @@ class TunedParameters:
 
     def groups(self, most: int) -> list[list[str]]:
         """Split the matrices, in the model's order, into at most so many groups of about equally many weights."""
-        total, found, held = sum(m.target.numel() for m in self._matrices.values()), [[]], 0  # type: ignore[var-annotated]
-        for n, m in self._matrices.items():
-            if found[-1] and held + m.target.numel() / 2 > total * len(found) / most:
-                found.append([])
-            found[-1].append(n)
-            held += m.target.numel()
-        return found if found[-1] else []
+        return in_parts(self.matrices, lambda n: self._matrices[n].target.numel(), most, fill=True)
 
     def unfreeze(self, own: Mapping[str, Tensor]) -> None:
         """Mark all matrices as not coded yet, at the model's own values.

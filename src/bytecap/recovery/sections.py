@@ -94,20 +94,13 @@ class _Tuning:
         self.quantized_copy = copy_of(job.model.module)
         load_values(self.quantized_copy, _decoded(job, outcome.sections, self.shared))
         self.passes = Passes(job, self.quantized_copy)
-        groups = [
-            {"params": [t], "lr": 0.0, "first": RATE * max(float(t.detach().abs().mean()), 1e-8)}
-            for p in self.parts.values() for t in p.leaves.values()
-        ]  # fmt: skip
-        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12) if groups else None
+        leaves = [t for p in self.parts.values() for t in p.leaves.values()]
+        self.optimizer = loop.adam((t, RATE * max(float(t.detach().abs().mean()), 1e-8)) for t in leaves)
 
     def iterate(self, rate: float) -> float:
         """Make one iteration at a share of the first rates; returns the mean KL before it."""
-        assert self.optimizer is not None  # noqa: S101 (callers have parts)
         self.optimizer.zero_grad()
-        values = {n: p.values() for n, p in self.parts.items()}
-        self.passes.load({n: v.detach() for n, v in values.items()})
-        kl, found = self.passes.gradients(list(values))
-        torch.autograd.backward(list(values.values()), [found[n].to(v.dtype) for n, v in values.items()])
+        kl = self.passes.backward({n: p.values() for n, p in self.parts.items()})
         loop.set_rates(self.optimizer, rate)
         self.optimizer.step()
         return kl

@@ -65,11 +65,10 @@ class StreamedValues:
         """Return the names of tuned matrices, in the order of `logs`."""
         return list(self._places)
 
-    def groups(self) -> list[dict[str, Any]]:
-        """Return what an optimizer is given, with first learning rates."""
-        sizes = {n: max(float(t.detach().abs().mean()), 1e-8) for n, t in self.vectors.items()}
-        logs = [{"params": [self.logs], "first": RATE}] if self._places else []
-        return logs + [{"params": [t], "first": RATE * sizes[n]} for n, t in self.vectors.items()]
+    def rates(self) -> list[tuple[Tensor, float]]:
+        """Return what is tuned, with first learning rates."""
+        logs = [(self.logs, RATE)] if self._places else []
+        return logs + [(t, RATE * max(float(t.detach().abs().mean()), 1e-8)) for t in self.vectors.values()]
 
     def weights(self, number: int, block: nn.Module) -> Mapping[str, Tensor]:
         """Return the tuned parameters of a loaded block as a file would hold them; gradients pass through rounding."""
@@ -159,9 +158,9 @@ def tune_streamed(
 
     with allocator.no_holes(), same_again(job.device), job.reporter.step("recovery", 1) as advance:
         start, before = check()
-        best, kept, groups, clock = start, None, values.groups(), Clock(job.recover, advance)
-        if groups:
-            optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-12)
+        best, kept, rates, clock = start, None, values.rates(), Clock(job.recover, advance)
+        if rates:
+            optimizer = loop.adam(rates)
 
             def iterate(rate: float) -> float:
                 optimizer.zero_grad()

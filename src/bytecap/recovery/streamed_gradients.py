@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bytecap.calibration.kl_gradient import divergence
 from bytecap.model.chain import first_of
 from bytecap.model.forward import batches, predictions
 from bytecap.model.head import head_pieces
@@ -109,11 +110,11 @@ def _loss(
             inner = found.detach().requires_grad_()
             for one, other in zip(aims.split(pieces.rows), inner.split(pieces.rows), strict=True):
                 with torch.no_grad():
-                    aim = whole.logits(one).float().log_softmax(-1)
-                own = pieces.logits(other).float().log_softmax(-1)
-                loss = nn.functional.kl_div(own, aim, reduction="sum", log_target=True) / tokens
-                loss.backward()
-                total += float(loss.detach())
+                    aim = whole.logits(one)
+                own = pieces.logits(other)
+                loss, slopes = divergence(own.detach(), aim)
+                torch.autograd.backward(own, slopes.div_(tokens))
+                total += float(loss) / tokens
             found.backward(inner.grad)
     assert leaf.grad is not None  # noqa: S101 (logits are made of it)
     return total, leaf.grad

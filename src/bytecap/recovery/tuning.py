@@ -46,18 +46,15 @@ from bytecap.recovery.group_walk import GroupWalk, TunedUnits
 from bytecap.recovery.kl_passes import Passes, same_again, tokens_of_iteration
 from bytecap.recovery.loop import Clock, Schedule
 from bytecap.recovery.parameters import TunedParameters
-from bytecap.sizes import in_groups
 from bytecap.system import allocator
 
 RATE = 0.004  # learning rate of targets, in steps of each weight's grid
 VALUES_RATE = 0.002  # of everything else: in natural logarithms, in steps, in mean sizes
-_BETAS = (0.9, 0.95)
 _LAST = 0.15  # share of the effort that is left for values alone
 _GROUPS = 24  # times that matrices are coded
 _TRIES = 3  # more at the last of them
 _BELOW = 4e-4  # share of the bytes that is left for trimming
 _MOST_STEERING = 0.1  # natural logarithms of a step
-_TOGETHER = 2**26  # values that are moved together: a GPU holds some copies of them
 _SCHEDULE = Schedule(warming=10, checks=12, apart=5)
 
 
@@ -86,17 +83,14 @@ class _TuningRun:
             load_values(quantized_copy, dict(zip(values, pool.map(values.__getitem__, values), strict=True)))
 
     def optimizer(self) -> torch.optim.Adam:
-        """Return Adam over all tensors that are tuned now; those of one rate are moved together."""
-        alike: dict[float, list[Tensor]] = {}
-        for name, t in self.tuned().items():
-            rate = RATE if name.startswith("target ") else VALUES_RATE
-            rate *= self.parameters.vector_size(name[7:]) if name.startswith("vector ") else 1.0
-            alike.setdefault(rate, []).append(t)
-        groups = [
-            {"params": some, "lr": rate, "first": rate}
-            for rate, tensors in alike.items() for some in in_groups(tensors, Tensor.numel, _TOGETHER)
-        ]  # fmt: skip
-        return torch.optim.Adam(groups, betas=_BETAS, eps=1e-12)
+        """Return Adam over all tensors that are tuned now."""
+        return loop.adam((t, self._rate(name)) for name, t in self.tuned().items())
+
+    def _rate(self, name: str) -> float:
+        """Return the first rate of a tensor."""
+        if name.startswith("vector "):
+            return VALUES_RATE * self.parameters.vector_size(name[7:])
+        return RATE if name.startswith("target ") else VALUES_RATE
 
     def tuned(self) -> dict[str, Tensor]:
         """Return the tensors that are tuned now."""

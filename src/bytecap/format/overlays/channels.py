@@ -35,9 +35,9 @@ from bytecap.format.wire.positions import (
     count_positions,
     read_positions,
     read_values,
-    rewrite_values,
     split_values,
     take,
+    tuned_values,
     write_positions,
     write_values,
 )
@@ -120,10 +120,7 @@ class Channels:
                 out[index] = values[inner:].reshape(len(index), shape[1])
             return out
 
-        return Continuous(
-            {"values": read_values(data, at, sizes)}, matrix,
-            lambda a: rewrite_values(data, at, sizes, a["values"]),
-        )  # fmt: skip
+        return tuned_values(data, at, sizes, matrix)
 
 
 CODER = Channels()

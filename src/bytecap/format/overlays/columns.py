@@ -32,8 +32,8 @@ from bytecap.format.wire.positions import (
     count_positions,
     read_positions,
     read_values,
-    rewrite_values,
     split_values,
+    tuned_values,
     write_positions,
     write_values,
 )
@@ -84,8 +84,7 @@ class Columns:
     def continuous(self, data: bytes, shape: tuple[int, int], shared: Shared) -> Continuous:
         """Return the protected values (k, length)."""
         index, at = read_positions(data, 0, shape[self.axis], shared.objects)
-        lengths = np.full(len(index), shape[1 - self.axis])
-        values = read_values(data, at, lengths).reshape(len(index), -1)
+        length = shape[1 - self.axis]
 
         def matrix(arrays: Mapping[str, Any], base: Any) -> Any:
             out = base + 0
@@ -95,9 +94,7 @@ class Columns:
                 out[index] = arrays["values"]
             return out
 
-        return Continuous(
-            {"values": values}, matrix, lambda a: rewrite_values(data, at, lengths, a["values"].reshape(-1))
-        )
+        return tuned_values(data, at, np.full(len(index), length), matrix, (len(index), length))
 
 
 CODER = Columns()

@@ -28,8 +28,8 @@ from bytecap.format.wire.positions import (
     count_positions,
     read_positions,
     read_values,
-    rewrite_values,
     split_values,
+    tuned_values,
     write_positions,
     write_values,
 )
@@ -69,17 +69,13 @@ class Outliers:
         """Return the protected values (k,)."""
         positions, at = read_positions(data, 0, shape[0] * shape[1], shared.objects)
         row, column = np.divmod(positions, max(shape[1], 1))
-        lengths = np.array([len(positions)])
 
         def matrix(arrays: Mapping[str, Any], base: Any) -> Any:
             out = base + 0
             out[row, column] = arrays["values"]
             return out
 
-        return Continuous(
-            {"values": read_values(data, at, lengths)}, matrix,
-            lambda a: rewrite_values(data, at, lengths, a["values"]),
-        )  # fmt: skip
+        return tuned_values(data, at, np.array([len(positions)]), matrix)
 
 
 CODER = Outliers()

@@ -16,6 +16,7 @@ the exponents of f16 values together, which is what brotli can use.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import brotli
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import CorruptError
-from bytecap.format.coders import FloatArray, Objects, leb, read_leb
+from bytecap.format.coders import Continuous, FloatArray, Objects, leb, read_leb
 from bytecap.format.coders.packed import expand_brotli
 from bytecap.format.wire.bits import pack_bits, packed_size, read_bits, unpack_bits
 
@@ -186,7 +187,7 @@ def write_values(values: npt.NDArray[Any], scales: npt.NDArray[np.float16] | Non
     return bytes([HALF if scales is None else BYTE, packing]) + side + body
 
 
-def rewrite_values(data: bytes, at: int, lengths: IntArray, values: FloatArray) -> bytes:
+def _rewritten(data: bytes, at: int, lengths: IntArray, values: FloatArray) -> bytes:
     """Replace an overlay's values from `at` to its end, at the precision they have."""
     if data[at] == HALF:
         return data[:at] + write_values(values.astype(np.float16))
@@ -195,6 +196,17 @@ def rewrite_values(data: bytes, at: int, lengths: IntArray, values: FloatArray) 
     scales = np.maximum(top / 127, 2.0**-24).astype(np.float16)
     codes = np.clip(np.rint(values / np.repeat(scales.astype(np.float32), lengths)), -127, 127)
     return data[:at] + write_values(codes.astype(np.int8), scales)
+
+
+def tuned_values(
+    data: bytes, at: int, lengths: IntArray, matrix: Callable[[Mapping[str, Any], Any], Any],
+    shape: Sequence[int] = (-1,),
+) -> Continuous:  # fmt: skip
+    """Return an overlay's values from `at` to its end as what may be tuned: `values` of a shape; see `Continuous`."""
+    return Continuous(
+        {"values": read_values(data, at, lengths).reshape(shape)}, matrix,
+        lambda a: _rewritten(data, at, lengths, a["values"].reshape(-1)),
+    )  # fmt: skip
 
 
 def split_values(data: bytes, at: int, vectors: int) -> Kinds:

@@ -197,18 +197,10 @@ class Common:
 
 
 @dataclass(frozen=True)
-class ClusComp:
+class ClusComp(shared_codewords.FamilySettings):
     """The family of codings with a codebook for each matrix, or one for all."""
 
-    options: dict[str, Any]
-    seed: int
     name: str = "cluscomp"
-    system: shared_codewords.System | None = None
-
-    @property
-    def coded(self) -> bool:
-        """Return whether the accounting is `coded`."""
-        return bool(self.options["accounting"] == "coded")
 
     def encode(self, material: Material, setting: float) -> Coded[Codebook | Common]:
         """Fit a codebook to the whole matrix, or take the shared one."""

@@ -42,6 +42,7 @@ from bytecap.calibration.weight_gradients import KINDS, Gradients, mean_squared_
 from bytecap.errors import BudgetError, UsageError
 from bytecap.format.coders.companded import CODER, MAX_SETS, CompandedCode, dequantize, levels
 from bytecap.format.coders.exact import CODER as EXACT
+from bytecap.format.decoder import from_matrix
 from bytecap.job import Job, Outcome, Section
 from bytecap.methods.baselines.owq import coded
 from bytecap.methods.baselines.runs import matrices
@@ -347,10 +348,7 @@ def _quantized_copy(job: Job, parts: Mapping[str, Companding]) -> nn.Module:
     quantized_copy = copy_of(job.model.module)
     for u in job.model.units:
         if u.name in parts:
-            matrix = dequantize(parts[u.name].code)
-            load_values(
-                quantized_copy, {u.name: np.ascontiguousarray(matrix.T if u.transposed else matrix).reshape(u.shape)}
-            )
+            load_values(quantized_copy, {u.name: from_matrix(u, dequantize(parts[u.name].code))})
     return quantized_copy
 
 

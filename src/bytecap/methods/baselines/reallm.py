@@ -90,18 +90,10 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class ReALLM:
+class ReALLM(shared_codewords.FamilySettings):
     """The family of codings."""
 
-    options: dict[str, Any]
-    seed: int
     name: str = "reallm"
-    system: shared_codewords.System | None = None
-
-    @property
-    def coded(self) -> bool:
-        """Return whether the accounting is `coded`."""
-        return bool(self.options["accounting"] == "coded")
 
     def encode(self, material: Material, setting: float) -> Coded[Kept]:
         """Encode a matrix: first the low-rank part, then codewords for the rest, then a decoder for the codes."""

@@ -241,6 +241,21 @@ def solve(
     return *chosen, predicted
 
 
+@dataclass(frozen=True)
+class FamilySettings:
+    """The settings of a family of codings, and the system that its matrices share, if any."""
+
+    options: dict[str, Any]
+    seed: int
+    name: str
+    system: System | None = None
+
+    @property
+    def coded(self) -> bool:
+        """Return whether the accounting is `coded`."""
+        return bool(self.options["accounting"] == "coded")
+
+
 class SharingFamily(Family[S], Protocol[S]):
     """A frozen dataclass that codes matrices alone or by what they share, which is its field `system`."""
 

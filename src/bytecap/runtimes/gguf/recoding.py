@@ -30,13 +30,12 @@ from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.rounding import Coding, Rounded, round_all
 from bytecap.runtimes.gguf.solve import Found, rounded_values
 from bytecap.runtimes.gguf.targets import members_of, moved_to, row_weights
-from bytecap.sizes import in_groups
+from bytecap.sizes import in_parts
 
 RATE = 0.004  # learning rate of values, in steps of each one's grid
 GROUPS = 24  # times that tensors are coded
 _WARMING = 10  # iterations until the full rate
 _TOGETHER = 32  # columns that share a step here
-_AT_ONCE = 2**26  # values that are moved together: a GPU holds some copies of them
 _LEAST = 1e-4  # step in root mean squares of a matrix, where rounding leaves nothing
 
 
@@ -79,10 +78,7 @@ class BlockUnits:
 
     def groups(self, most: int) -> list[list[str]]:
         """Split the units, in the model's order, into at most so many groups of about equally many values."""
-        sizes = {n: u.parameters for n, u in self._units.items()}
-        bounds = np.cumsum(list(sizes.values())) - np.array(list(sizes.values())) / 2
-        at = (bounds / max(1, sum(sizes.values())) * most).astype(int)
-        return [[n for n, i in zip(sizes, at, strict=True) if i == k] for k in sorted(set(at.tolist()))]
+        return in_parts(self.names, lambda n: self._units[n].parameters, most)
 
     def tuned(self) -> dict[str, Tensor]:
         """Return the values of units that are not coded yet, in steps of their grids."""
@@ -144,10 +140,7 @@ def code_anew(units: BlockUnits, passes: Passes, quantized_copy: nn.Module, walk
         walk: of groups.
         clock: of the effort.
     """
-    parts = in_groups(list(units.tuned().values()), Tensor.numel, _AT_ONCE)
-    optimizer = torch.optim.Adam(
-        [{"params": some, "first": RATE} for some in parts], lr=0.0, betas=(0.9, 0.95), eps=1e-12
-    )
+    optimizer = loop.adam((t, RATE) for t in units.tuned().values())
     sound, groups = True, units.groups(clock.parts(GROUPS - 1) + 1)  # behind the last one nothing is left to tune
     for number, group in enumerate(groups, 1):
         passes.load(units.values())

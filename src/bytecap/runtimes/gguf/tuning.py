@@ -259,7 +259,7 @@ def _tune_numbers(
     load_values(quantized_copy, _values(job, file))
     owners = owners_of(job, file.layout, file.items, file.found, file.vectors, file.tables)
     leaves = [t for o in owners for p in o.parts for t in p.leaves]
-    optimizer = torch.optim.Adam([{"params": leaves, "first": RATE}], lr=0.0, betas=(0.9, 0.98), eps=1e-12)
+    optimizer = loop.adam(((t, RATE) for t in leaves), betas=(0.9, 0.98))
 
     def check() -> tuple[float, list[Tensor]]:
         with torch.no_grad():
@@ -279,10 +279,7 @@ def _tune_numbers(
 def _iterate(passes: Passes, owners: Sequence[_Owner], optimizer: torch.optim.Adam, rate: float) -> float:
     """Make one iteration at a share of the first rate; returns the mean KL before it."""
     optimizer.zero_grad()
-    values = {o.unit.name: o.values() for o in owners}
-    passes.load({n: v.detach() for n, v in values.items()})
-    kl, slopes = passes.gradients(list(values))
-    torch.autograd.backward(list(values.values()), [slopes[n].to(v.dtype) for n, v in values.items()])
+    kl = passes.backward({o.unit.name: o.values() for o in owners})
     loop.set_rates(optimizer, rate)
     optimizer.step()
     return kl
