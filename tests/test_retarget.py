@@ -128,17 +128,30 @@ def test_where_the_last_matrices_are_not_enough_all_have_their_targets(model_dir
     """A store needs the targets of all units; without one the walk is made again for them."""
     monkeypatch.setattr(retargeting, "_cost", lambda *_: (np.zeros(1), np.ones(1)))
     monkeypatch.setattr(default, "fit_units", lambda *_: None)
-    walks, drift_targets = [], retargeting.drift_targets
+    walks = []
 
-    def walk(*args, held, **kwargs):
-        found = drift_targets(*args, held=held, **kwargs)
-        walks.append((len(found.change), len(found.coded)))
-        return found
+    def walks_of(name):
+        inner = getattr(retargeting, name)
 
-    monkeypatch.setattr(retargeting, "drift_targets", walk)
+        def walk(*args, held, **kwargs):
+            found = inner(*args, held=held, **kwargs)
+            walks.append((len(found.change), len(found.coded)))
+            return found
+
+        monkeypatch.setattr(retargeting, name, walk)
+
+    walks_of("drift_targets")
+    walks_of("streamed_targets")
     files = {"calibration": texts["calib"], "evaluation": texts["val"], **SMALL}
     made = bytecap.fit(model_directory("rotary"), BUDGET, **files)
     assert bytecap.fit(model_directory("rotary"), BUDGET, store=tmp_path, **files).data == made.data
+    assert bytecap.fit(model_directory("rotary"), BUDGET, memory="1MB", **files).data == made.data
     every = walks[-1][1]
-    assert walks == [(retargeting.LAST, every), (every, every), (every, every)]
+    assert walks == [
+        (retargeting.LAST, every),
+        (every, every),
+        (every, every),
+        (retargeting.LAST, every),
+        (every, every),
+    ]
     assert every > retargeting.LAST

@@ -1,5 +1,6 @@
 """Files behind a streamed fit: shards, work files, and the file that is read back a unit at a time."""
 
+import gc
 import os
 import shutil
 import signal
@@ -15,8 +16,11 @@ from bytecap.format.decoder import Decoded, Ideal
 from bytecap.format.filebytes import FileBytes
 from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.streamed_checkpoint import open_streamed
+from bytecap.pipeline import stages
+from bytecap.quantization.stored import StoredCoded, StoredPrepared
 from bytecap.system import allocator
 from bytecap.system.scratch import Scratch
+from conftest import BUDGET, SMALL
 from forks import child
 
 
@@ -115,6 +119,26 @@ def test_small_tensors_may_stay_in_memory(tmp_path):
     assert second.memory is None
     del first
     assert scratch.put(torch.ones(4)).memory is not None
+
+
+@pytest.mark.slow
+def test_factors_and_integers_are_gone_before_the_evaluation(model_directory, texts, monkeypatch):
+    """Without the help of the collector, which may not run for minutes."""
+    found, deliver = [], stages._deliver
+
+    def spy(*args):
+        found.extend(type(o) for o in gc.get_objects() if isinstance(o, StoredPrepared | StoredCoded))
+        deliver(*args)
+
+    monkeypatch.setattr(stages, "_deliver", spy)
+    files = {"calibration": texts["calib"], "evaluation": texts["val"], **SMALL}
+    gc.collect()
+    gc.disable()
+    try:
+        bytecap.fit(model_directory("rotary"), BUDGET, memory="1MB", **files)
+    finally:
+        gc.enable()
+    assert found == []
 
 
 def test_memory_that_ends_names_the_option():

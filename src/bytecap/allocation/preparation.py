@@ -36,7 +36,7 @@ from bytecap.progress import Advance, warn
 from bytecap.quantization.options import Options
 from bytecap.quantization.quantizer import Prepared, prepare
 from bytecap.quantization.rules import Rules, initial_rules
-from bytecap.quantization.stored import HeldSample, Rows, Sample, StoredPrepared, keeper, kept_rows
+from bytecap.quantization.stored import HeldSample, Sample, StoredPrepared, keeper
 from bytecap.system import allocator
 from bytecap.system.scratch import Scratch
 from bytecap.types import Unit
@@ -140,7 +140,7 @@ def prepare_streamed(job: Job, model: StreamedModel, options: Options) -> Prepar
             ready = waiting.pop(name, None)
             ready = shared_factor(job, units[name], ready, source, lambda: torch.zeros(0, device=job.device))
             if ready is not None:
-                stored[name] = StoredPrepared(ready, model.scratch, _rows_of(model, units[name]))
+                stored[name] = StoredPrepared(ready, model.scratch, partial(model.matrix, units[name]))
                 finest[name] = finest_step(stored[name])
 
     with allocator.no_holes(), job.reporter.step("statistics and factorisation", tokens) as advance:
@@ -164,13 +164,6 @@ def _sampled(item: Prepared) -> Prepared:
 def _kept(scratch: Scratch, section: Section) -> Section:
     found = scratch.put_bytes(section.data)
     return StoredSection(section.tag, found.length, found.read)
-
-
-def _rows_of(model: StreamedModel, unit: Unit) -> Rows:
-    """Return the source of a unit's weights: its file, or the device's memory where there is room."""
-    if model.scratch.stays(4 * unit.parameters, model.streamed.device):
-        return kept_rows(model.scratch.put(model.matrix(unit)), model.streamed.device)
-    return partial(model.matrix, unit)
 
 
 def _factored(job: Job, unit: Unit, uses: list[Use], tokens: int, options: Options) -> Prepared | None:

@@ -7,7 +7,7 @@ rounds of fewer tokens, each behind a coded prefix of its own, cost 6% and 10% o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -50,6 +50,7 @@ def streamed_targets(
     strength: float,
     scratch: Scratch,
     advance: Advance,
+    held: Collection[str] | None = None,
 ) -> Walked[KeptTensor]:
     """Find targets, and code all units that get one; see `drift_targets`.
 
@@ -64,6 +65,7 @@ def streamed_targets(
         strength: at most; 1 is the least-squares target, 0 the weight itself.
         scratch: for what is found.
         advance: called with the share of the work that is done.
+        held: units whose targets somebody asks for later; all by default. Those of an 8B take 32 GB.
 
     Raises:
         LostError: a pass did not call its modules in that order.
@@ -72,7 +74,7 @@ def streamed_targets(
         return Walked({}, {})
     staged = {n for names in order for n in names}
     quantized_copy.load(unit_values(planner, state, [n for n in planner.names if n not in staged]))
-    work = _Targets(planner, state, pace, strength, scratch)
+    work = _Targets(planner, state, pace, strength, scratch, staged if held is None else held)
     data = list(passes_of(windows, tokens_of(planner, original.device, windows), str(original.device)))
     walk = _Walk(
         [original, quantized_copy], of_rank(data, planner.ranks), order, planner.ranks,
@@ -85,14 +87,18 @@ def streamed_targets(
             advance(1 / len(order))
     finally:
         walk.cancel()
+        quantized_copy.replaced.clear()  # whose makers hold the units, and a copy and its module hold one another
     return work.found
 
 
 class _Targets:
     """Targets as they are found."""
 
-    def __init__(self, planner: Planner, state: State, pace: Pace, strength: float, scratch: Scratch) -> None:
+    def __init__(
+        self, planner: Planner, state: State, pace: Pace, strength: float, scratch: Scratch, held: Collection[str]
+    ) -> None:
         self._planner, self._state, self._pace, self._strength, self._scratch = planner, state, pace, strength, scratch
+        self._held = held
         self._units = {p.unit.name: p for p in planner.matrices}
         self.found = Walked[KeptTensor]({}, {})
 
@@ -103,8 +109,10 @@ class _Targets:
         fix *= granted
         members: list[Prepared] = []
         for n, item in zip(names, units, strict=True):
-            self.found.change[n] = change = self._scratch.put(item.times(fix))
+            change = self._scratch.put(item.times(fix))
             members.append(moved(item, change))
+            if n in self._held:
+                self.found.change[n] = change
         del fix
         coded = self._pace.round(self._planner, members)
         self.found.coded.update(coded)

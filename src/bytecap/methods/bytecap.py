@@ -37,7 +37,7 @@ from bytecap.methods.floats import store_floats
 from bytecap.methods.rate_control import Packed, fit_to_cap, fit_units
 from bytecap.methods.retargeting import LAST, last_of, retarget, settle, size_beside
 from bytecap.model.evaluation import kl_to
-from bytecap.model.quantized_copy import copy_of, load_values
+from bytecap.model.quantized_copy import copy_of, load_values, share_storage
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import leading
 from bytecap.progress import warn
@@ -170,9 +170,11 @@ def predict(
 
 
 def _measured(job: Job, planner: Planner, packed: Packed, quantized_copy: nn.Module) -> float:
-    """Return the KL of a packed plan on the correction tokens."""
+    """Return the KL of a packed plan on the correction tokens; the copy shares the original's storage afterwards."""
     load_values(quantized_copy, correction.unit_values(planner, packed.state))
-    return kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device, ranks=job.ranks)[0]
+    found = kl_to(job.model.module, quantized_copy, job.sets.correction, device=job.device, ranks=job.ranks)[0]
+    share_storage(quantized_copy, job.model.module)
+    return found
 
 
 def recover(

@@ -107,7 +107,7 @@ def retarget(
     staged = {n for names in best.order for n in names}
     state = state.holding(set(planner.names) - staged)
     walk = partial(_walked, job, planner, best, state, paced, quantized_copy, checkpoints)
-    some = job.recover is None and not checkpoints.active and not isinstance(job.model, StreamedModel)
+    some = job.recover is None and (isinstance(job.model, StreamedModel) or not checkpoints.active)
     try:
         aimed, found = walk(last_of(best) if some else None)
     except LostError:
@@ -190,7 +190,7 @@ def _aimed(
             streamed = job.model.streamed
             found = streamed_targets(
                 planner, best.order, state, pace, streamed, streamed.copy(), windows,
-                strength=strength, scratch=job.model.scratch, advance=advance,
+                strength=strength, scratch=job.model.scratch, advance=advance, held=held,
             )  # fmt: skip
         else:
             found = drift_targets(

@@ -154,10 +154,6 @@ class Scratch:
         weakref.finalize(kept, path.unlink, missing_ok=True)
         return kept
 
-    def stays(self, size: int, device: torch.device) -> bool:
-        """Return whether a tensor of so many bytes on a device would stay there, so that it need not be moved."""
-        return device.type != "cpu" and size <= self._left["device"]
-
     def put_bytes(self, data: bytes) -> KeptBytes:
         """Keep bytes.
 
