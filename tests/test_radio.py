@@ -9,7 +9,9 @@ from bytecap.calibration.weight_gradients import _Hidden, mean_squared_gradients
 from bytecap.format.coders import Shared, run
 from bytecap.format.coders.companded import dequantize
 from bytecap.format.coders.exact import CODER as EXACT
-from bytecap.methods.baselines.radio import Companding, _Fit, bias_names, compand, cut, depths_at, dual_ascent
+from bytecap.methods.baselines import companding, radio
+from bytecap.methods.baselines.companding import Companding, cut
+from bytecap.methods.baselines.radio import Spectrum, _Fit, bias_names, depths_at, dual_ascent
 from bytecap.model.checkpoint import find_units, load_checkpoint
 from bytecap.model.texts import Window
 from bytecap.types import Unit
@@ -29,7 +31,7 @@ def groups():
 
 def joined(groups):
     importance = np.concatenate([g.importance.reshape(-1) for _, g in groups.values()])
-    weights = np.concatenate([np.repeat(g.sizes, g.importance.shape[1]) for _, g in groups.values()]).astype(float)
+    weights = np.concatenate([g.counts() for _, g in groups.values()])
     return importance, weights
 
 
@@ -37,7 +39,7 @@ def joined(groups):
 @pytest.mark.parametrize("rate", [0.3, 2.0, 3.3, 5.0, 7.9])
 def test_dual_ascent_meets_the_rate_and_equalises_slopes(groups, rate):
     importance, weights = joined(groups)
-    depth = depths_at(importance, dual_ascent(importance, weights, rate))
+    depth = depths_at(importance, dual_ascent(Spectrum.of(g for _, g in groups.values()), rate))
     assert abs(weights @ depth / weights.sum() - rate) < 1e-3
     inside = (depth > 0) & (depth < 8)
     slopes = np.exp2(importance - 2 * depth)[inside]
@@ -82,6 +84,33 @@ def test_depths_may_move_group_by_group(groups):
     moved.move(b)
     direct.move(b)
     np.testing.assert_array_equal(dequantize(moved.code), dequantize(direct.code))
+
+
+@pytest.mark.numeric
+def test_groups_are_quantized_alike_whatever_lies_beside_them(groups, monkeypatch):
+    weight, group = list(groups.values())[6]
+    depths = np.random.default_rng(2).integers(0, 9, group.importance.shape).astype(np.uint8)
+    whole, slowly = Companding.start(weight, group), Companding.start(weight, group)
+    whole.move(depths)
+    monkeypatch.setitem(companding._TOGETHER, "cpu", 3 * int(group.sizes.max()))
+    slowly.move(depths)
+    some = whole.some(3)
+    some.move(np.ascontiguousarray(depths[:, ::3]))
+    np.testing.assert_array_equal(dequantize(slowly.code), dequantize(whole.code))
+    np.testing.assert_array_equal(dequantize(some.code), dequantize(whole.code)[:, ::3])
+
+
+@pytest.mark.numeric
+def test_sizes_of_large_models_are_estimated_from_some_columns(groups, monkeypatch):
+    monkeypatch.setattr(radio, "_SAMPLED", sum(w.numel() for w, _ in groups.values()) // 3)
+    job = SimpleNamespace(
+        model=SimpleNamespace(units=tuple(Unit(n, tuple(w.shape), "F32") for n, (w, _) in groups.items()))
+    )
+    fit = _Fit(job, {n: Companding.start(w, g) for n, (w, g) in groups.items()}, {}, {}, True)
+    fit.move(2.5)
+    about, real = (sum(len(s.data) for s in fit.sections(estimate=e).values()) for e in (True, False))
+    assert all(p.weight.shape[1] < fit.parts[n].weight.shape[1] for n, p in fit.samples.items())
+    assert about == pytest.approx(real, rel=0.1)
 
 
 @pytest.mark.numeric
@@ -173,12 +202,12 @@ def test_unknown_gradients_are_refused():
 @pytest.mark.parametrize("depth", [0, 1, 3, 8])
 def test_extreme_groups(depth):
     weight = torch.tensor([[0, 1e-9, 1e4, 3.0], [0, -1e-9, -3e4, 3.0], [0, 0, 5, 3.0]])
-    group = cut(weight, torch.zeros_like(weight), 64)
-    codes, scales, offsets = compand(weight, group, depth)
-    assert np.isfinite(scales).all()
-    assert np.isfinite(offsets).all()
-    assert codes.max() < 1 << depth
-    assert offsets[0, 3] == 3
+    part = Companding.start(weight, cut(weight, torch.zeros_like(weight), 64))
+    part.move(np.full((1, 4), depth, np.uint8))
+    assert np.isfinite(part.code.scales).all()
+    assert np.isfinite(part.code.offsets).all()
+    assert part.code.codes.max() < 1 << depth
+    assert part.code.offsets[0, 3] == 3
 
 
 def test_biases_are_found_by_name():

@@ -78,7 +78,7 @@ def write_integers(
         planes = [(values[widths > p] >> p) & 1 for p in range(int(widths.max(initial=0)))]
         return b"".join(np.packbits(bits.astype(np.uint8), bitorder="little").tobytes() for bits in planes)
     head, tables = b"", dict[int, Table]()
-    for width in np.unique(widths[widths > 0]).tolist():
+    for width in (np.flatnonzero(np.bincount(widths, minlength=1)[1:]) + 1).tolist():
         stored, tables[width] = _fitted(values[widths == width], width)
         head += stored
     stream = _stream(values[widths > 0], widths[widths > 0], Tables(tables), estimate=estimate)

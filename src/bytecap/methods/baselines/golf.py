@@ -36,7 +36,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,13 +48,12 @@ from torch import Tensor
 from bytecap.errors import BudgetError
 from bytecap.format.coders.packed import MAX_CODE, Quantized
 from bytecap.job import Section
-from bytecap.methods.baselines.golf_coders import WRITERS, with_brotli
+from bytecap.methods.baselines.golf_coders import WRITERS, Coding, is_large, with_brotli
 from bytecap.methods.baselines.gptq import Factor, factorize, feedback, reciprocal
 from bytecap.methods.baselines.residual import Residual
 from bytecap.methods.baselines.uniform import (
     CodedMatrix,
     Progress,
-    Writer,
     exact_sections,
     fill,
     measure,
@@ -70,6 +70,8 @@ _SAMPLE_ROWS = 256  # of every matrix, for estimates
 _CLOSE = 1.03  # largest ratio of the two k that are mixed in the end
 _REFILLS = 4
 _TOGETHER = 2**28  # weights and Hessian entries of matrices that are rounded together
+
+Coded = dict[str, CodedMatrix]
 
 
 def row_steps(weight: Tensor, k: float, levels: int = LINEAR_LEVELS) -> Tensor:
@@ -129,13 +131,15 @@ class StepSearch:
         power: `embedding_power`.
         write: makes sections.
         overhead: real over estimated size, from the last real one.
+        excess: real over guessed size of large matrices, where a guess was too low.
     """
 
     weights: dict[str, Tensor]
     factors: dict[str, Factor]
     power: float
-    write: Writer = with_brotli
+    write: Coding = with_brotli
     overhead: float = 1.01
+    excess: dict[str, float] = field(default_factory=dict)
 
     def quantize(self, name: str, k: float, stride: int = 1) -> Quantized:
         """Quantize one matrix, or every `stride`-th row of it, at `k`."""
@@ -189,17 +193,42 @@ class StepSearch:
                 x = (fine + coarse) / 2
         return math.exp(x)
 
-    def measure(self, k: float) -> dict[str, CodedMatrix]:
-        """Code real sections at `k`, and calibrate the estimate on them."""
+    def measure(self, k: float) -> Coded:
+        """Code sections at `k`, where those of large matrices may be guesses, and calibrate the estimate on them."""
         matrices = dict(self.quantized(k, {}))
-        found = measure({n: matrices[n] for n in self.weights}, self.write)
+        found = measure({n: matrices[n] for n in self.weights}, partial(self.write, about=True))
+        for name, more in self.excess.items():
+            found[name] = replace(found[name], data=bytes(math.ceil(more * len(found[name].data))))
         self.overhead = total(found) / max(1.0, self.estimate(k))
         return found
 
+    def whole(self, low: Coded, high: Coded, room: int) -> Coded:
+        """Code large matrices whole, those that fit into `room` bytes more than `low` takes as in `high`."""
+        large = {}
+        for name in sorted((n for n in low if is_large(low[n].matrix)), key=lambda n: -len(low[n].data)):
+            gain = len(high[name].data) - len(low[name].data) if high else 0
+            large[name] = high[name] if high and gain <= room else low[name]
+            room -= gain if large[name] is high.get(name) else 0
+        found = measure({n: p.matrix for n, p in large.items()}, self.write)
+        for name, part in found.items():
+            if len(part.data) > len(large[name].data):
+                self.excess[name] = 1.0005 * len(part.data) / len(large[name].data) * self.excess.get(name, 1.0)
+        return found
 
-def _bracket(
-    search: StepSearch, room: int, report: Progress
-) -> tuple[dict[str, CodedMatrix], dict[str, CodedMatrix], float]:
+
+def _coded_large(search: StepSearch, room: int, report: Progress) -> tuple[Coded, Coded, Coded, float]:
+    """Bracket `room` bytes as `_bracket` does, and code large matrices whole; returns those as well.
+
+    Where a guess was too low, it is corrected and the bracket is sought again.
+    """
+    while True:
+        low, high, k = _bracket(search, room, report)
+        large = search.whole(low, high, room - total(low))
+        if total(low | large) <= room:
+            return low | large, high | large if high else {}, large, k
+
+
+def _bracket(search: StepSearch, room: int, report: Progress) -> tuple[Coded, Coded, float]:
     """Bracket `room` bytes by real codings at most 3% apart in `k`; returns both and the finer `k`.
 
     The second is empty if the finest `k` fits.
@@ -207,8 +236,8 @@ def _bracket(
     Raises:
         BudgetError: the coarsest `k` does not fit; `.floor` is its size.
     """
-    fits: tuple[float, dict[str, CodedMatrix]] = (math.inf, {})
-    over: tuple[float, dict[str, CodedMatrix]] = (0.0, {})
+    fits: tuple[float, Coded] = (math.inf, {})
+    over: tuple[float, Coded] = (0.0, {})
     k, target, margin = search.solve(room, K), float(room), 0.002
     while True:
         found = search.measure(k)
@@ -271,7 +300,7 @@ def golf_sections(
     search = StepSearch(there, factors, embedding_power, WRITERS[coder])
     report: Progress = progress if progress is not None else lambda _: None
     try:
-        low, high, k = _bracket(search, capacity - fixed, report) if matrices else ({}, {}, K)
+        low, high, large, k = _coded_large(search, capacity - fixed, report) if matrices else ({}, {}, {}, K)
     except BudgetError as exc:
         floor = exc.floor + fixed
         raise BudgetError(f"golf needs {floor:,} bytes at its coarsest, {capacity:,} are left", floor) from exc
@@ -283,7 +312,7 @@ def golf_sections(
         if capacity - fixed - total(low) <= allowed:
             break
         k /= _CLOSE
-        high = search.measure(k)
+        high = search.measure(k) | large
     if fixed + total(low) > capacity:
         raise BudgetError(f"golf needs {fixed:,} bytes for vectors alone, {capacity:,} are left", fixed)
     report(1)

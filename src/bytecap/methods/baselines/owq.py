@@ -25,10 +25,13 @@ at its nominal width, as the paper counts).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,14 +39,19 @@ from bytecap.errors import BudgetError, UsageError
 from bytecap.format.coders.fixed import CODER, FixedCode
 from bytecap.format.wire.integers import MAX_WIDTH
 from bytecap.job import Job, Outcome, Section
-from bytecap.methods.baselines.gptq import factorize, feedback
+from bytecap.methods.baselines.gptq import Factor, factorize, feedback, reciprocal
 from bytecap.methods.baselines.runs import matrices, second_moments
 from bytecap.methods.baselines.uniform import exact_sections
+from bytecap.quantization.ahead import of_one_shape
 
 _RANGES = 40  # clipped ranges tried for a row, down to a fifth of the whole one
 _HALVINGS = 12  # of the share of protected columns
 _REPAIRS = 4  # real sizes against estimated ones
 _MOST_COLUMNS = 65_535  # what a u16 index reaches
+_SAMPLED = 2**24  # weights of a model that sizes are estimated from: rows at a stride
+_TOGETHER = 2**28  # weights and Hessian entries of matrices that are rounded together
+
+Wanted = tuple[int, int]  # width, number of protected columns
 
 
 def coded(options: Mapping[str, Any]) -> bool:
@@ -59,23 +67,23 @@ def coded(options: Mapping[str, Any]) -> bool:
 
 
 def row_ranges(weight: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Fit scales (rows,) and zero points (rows,) of an asymmetric quantizer of `width` bits by least squared error.
+    """Fit scales (..., rows) and zero points of an asymmetric quantizer of `width` bits by least squared error.
 
     Ranges hold zero and both ends shrink together. Scales are float32 values that float16 holds.
 
     Args:
-        weight: float32 (rows, cols).
+        weight: float32 (..., rows, cols).
         width: bits of a code.
     """
     levels = (1 << width) - 1
-    low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
-    best = torch.full((len(weight),), math.inf)
+    low, high = weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0)
+    best = torch.full(weight.shape[:-1], math.inf, device=weight.device)
     scales, zeros = torch.zeros_like(best), torch.zeros_like(best)
     for i in range(_RANGES):
         share = 1 - 0.8 * i / _RANGES
         scale = (share * (high - low) / levels).clamp(max=65504).half().float()
         zero = torch.where(scale > 0, torch.round(-share * low / scale), 0.0).clamp(0, levels)
-        error = (nearest(weight, scale, zero, width) * scale[:, None] - weight).square().sum(1)
+        error = (nearest(weight, scale, zero, width) * scale[..., None] - weight).square().sum(-1)
         better = error < best
         best, scales, zeros = (
             torch.where(better, new, old) for new, old in ((error, best), (scale, scales), (zero, zeros))
@@ -84,10 +92,10 @@ def row_ranges(weight: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def nearest(weight: Tensor, scales: Tensor, zeros: Tensor, width: int) -> Tensor:
-    """Return the nearest codes minus zero points, (rows, cols) as float32."""
-    inverse = torch.where(scales > 0, 1 / scales, 0.0)[:, None]
+    """Return the nearest codes minus zero points, (..., rows, cols) as float32."""
+    inverse = reciprocal(scales)[..., None]
     levels = (1 << width) - 1
-    return torch.minimum(torch.maximum(torch.round(weight * inverse), -zeros[:, None]), (levels - zeros)[:, None])
+    return torch.minimum(torch.maximum(torch.round(weight * inverse), -zeros[..., None]), (levels - zeros)[..., None])
 
 
 def column_scores(weight: Tensor, hessian: Tensor, width: int) -> Tensor:
@@ -106,24 +114,49 @@ def quantize(weight: Tensor, hessian: Tensor | None, width: int, weak: Sequence[
         width: bits of a code, 1 to 8.
         weak: columns to protect.
     """
-    columns = sorted(weak)
-    plain = [j for j in range(weight.shape[1]) if j not in set(columns)]
-    if not plain:
-        scales = zeros = torch.zeros(len(weight))
+    columns = torch.tensor(weak, dtype=torch.long, device=weight.device)
+    factor = None if hessian is None else factorize(hessian, last=weak)
+    return stored(rounded(weight, factor, width, columns), width)
+
+
+def rounded(weight: Tensor, factor: Factor | None, width: int, weak: Tensor) -> tuple[Tensor, ...]:
+    """Round one matrix, or several of one shape.
+
+    Args:
+        weight: float32 (..., rows, cols).
+        factor: of the Hessian; None rounds to nearest. Weak columns that do not come last in its order absorb nothing.
+        width: bits of a code.
+        weak: columns to protect, (..., k).
+
+    Returns:
+        Codes (..., rows, cols - k), scales and zero points (..., rows), protected columns, rising, and their values.
+    """
+    count, levels = weak.shape[-1], (1 << width) - 1
+    plain = weight.shape[-1] - count
+    protects = torch.zeros(*weight.shape[:-2], weight.shape[-1], device=weight.device).scatter_(-1, weak, 1.0)
+    columns = torch.argsort(protects, stable=True)
+    first, last = columns[..., None, :plain], columns[..., None, plain:]
+    protected = torch.take_along_dim(weight, last, -1)
+    if plain:
+        scales, zeros = row_ranges(torch.take_along_dim(weight, first, -1), width)
     else:
-        scales, zeros = row_ranges(weight[:, plain], width)
-    if hessian is None or not plain:
-        codes, protected = nearest(weight, scales, zeros, width), weight[:, columns]
+        scales = zeros = torch.zeros(weight.shape[:-1], device=weight.device)
+    if factor is None or not plain:
+        codes = nearest(weight, scales, zeros, width)
     else:
-        factor = factorize(hessian, last=columns)
-        levels = (1 << width) - 1
-        codes, kept = feedback(weight, factor, scales, -zeros, levels - zeros, len(columns))
-        at = {int(j): i for i, j in enumerate(factor.order[len(plain) :])}
-        protected = kept[:, [at[j] for j in columns]]
-    stored = codes[:, plain] + zeros[:, None]
+        absorb = count if torch.equal(factor.order[..., plain:].sort(-1).values, last[..., 0, :]) else 0
+        codes, kept = feedback(weight, factor, scales, -zeros, levels - zeros, absorb)
+        if absorb:
+            protected = torch.take_along_dim(kept, torch.argsort(factor.order[..., plain:])[..., None, :], -1)
+    return torch.take_along_dim(codes, first, -1) + zeros[..., None], scales, zeros, last[..., 0, :], protected
+
+
+def stored(found: Sequence[Tensor], width: int) -> FixedCode:
+    """Return what `rounded` gives of one matrix as it is stored."""
+    codes, scales, zeros, columns, protected = (x.cpu() for x in found)
     halves = protected.clamp(-65504, 65504).half()
     return FixedCode(
-        width, stored.to(torch.uint8).numpy(), scales.half().numpy(), zeros.to(torch.uint8).numpy(), columns,
+        width, codes.to(torch.uint8).numpy(), scales.half().numpy(), zeros.to(torch.uint8).numpy(), columns.tolist(),
         halves.numpy(),
     )  # fmt: skip
 
@@ -134,12 +167,14 @@ class _Fit:
 
     Attributes:
         job: the job.
-        weights: float32 (rows, cols) by unit name, those that are kept exact left out.
+        weights: float32 (rows, cols) by unit name, those that are kept exact left out, on the device that rounds.
         hessians: of linear layers; the others are rounded to nearest.
         fixed: sections of the units kept exact.
         coded: entropy coded, or as published.
+        factors: of the Hessians, no column protected.
         ranks: by unit and width, columns by falling score.
-        made: sections by unit, width and number of protected columns.
+        made: sections by unit, width, number of protected columns and whether they are estimates.
+        stride: one row in so many serves estimates.
     """
 
     job: Job
@@ -147,30 +182,86 @@ class _Fit:
     hessians: dict[str, Tensor]
     fixed: dict[str, Section]
     coded: bool
+    factors: dict[str, Factor] = field(default_factory=dict)
     ranks: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     made: dict[tuple[str, int, int, bool], Section] = field(default_factory=dict)
 
-    def section(self, name: str, width: int, count: int, *, estimate: bool) -> Section:
-        """Code a unit at a width with `count` protected columns, or return zeros of about its length."""
-        key = (name, width, count, estimate and self.coded)
-        if key not in self.made:
-            weight, hessian = self.weights[name], self.hessians.get(name)
-            if count and hessian is not None and (name, width) not in self.ranks:
-                scores = column_scores(weight, hessian, width)
-                self.ranks[name, width] = torch.argsort(scores, descending=True, stable=True).tolist()
-            weak = self.ranks[name, width][:count] if count else ()
-            data = CODER.encode(quantize(weight, hessian, width, weak), coded=self.coded, estimate=estimate)
-            self.made[key] = Section(CODER.tag, data)
-        return self.made[key]
+    def __post_init__(self) -> None:
+        self.stride = max(1, -(-sum(w.numel() for w in self.weights.values()) // _SAMPLED))
+
+    def weak(self, name: str, width: int, count: int) -> list[int]:
+        """Return the columns to protect."""
+        if count and (name, width) not in self.ranks:
+            scores = column_scores(self.weights[name], self.hessians[name], width)
+            self.ranks[name, width] = torch.argsort(scores, descending=True, stable=True).tolist()
+        return self.ranks[name, width][:count] if count else []
+
+    def factor(self, name: str, weak: Sequence[int], stride: int) -> Factor | None:
+        """Return the factor for these columns; in samples of rows the one without any, which gives like sizes."""
+        if name not in self.hessians:
+            return None
+        if weak and stride == 1:
+            return factorize(self.hessians[name], last=weak)
+        if name not in self.factors:
+            self.factors[name] = factorize(self.hessians[name])
+        return self.factors[name]
+
+    def codes(self, wanted: Mapping[str, Wanted], stride: int) -> Iterator[tuple[str, FixedCode]]:
+        """Yield codes of units at widths and counts, or of rows at a stride; on a GPU those of one shape together."""
+        weights = {n: self.weights[n][::stride] for n in wanted}
+        together: dict[tuple[bool, Wanted], list[str]] = {}
+        for n, w in weights.items():
+            together.setdefault(
+                (n in self.hessians, wanted[n]) if w.is_cuda else (True, (0, len(together))), []
+            ).append(n)
+        for members in together.values():
+            for names in of_one_shape(members, lambda n: (len(weights[n]), weights[n].shape[1]), _TOGETHER):
+                width, count = wanted[names[0]]
+                weak = [self.weak(n, width, count) for n in names]
+                factors = [f for n, k in zip(names, weak, strict=True) if (f := self.factor(n, k, stride)) is not None]
+                columns = [torch.tensor(k, dtype=torch.long, device=weights[names[0]].device) for k in weak]
+                if len(names) == 1:
+                    found = rounded(weights[names[0]], factors[0] if factors else None, width, columns[0])
+                    yield names[0], stored(found, width)
+                    continue
+                factor = Factor.stacked(factors) if factors else None
+                found = rounded(torch.stack([weights[n] for n in names]), factor, width, torch.stack(columns))
+                yield from ((n, stored([x[i] for x in found], width)) for i, n in enumerate(names))
+
+    def blanks(self, wanted: Mapping[str, Wanted], stride: int) -> Iterator[tuple[str, FixedCode]]:
+        """Yield codes without a value, which as published have the same length."""
+        for name, (width, count) in wanted.items():
+            rows, cols = self.weights[name][::stride].shape
+            zeros = np.zeros(rows, np.uint8)
+            codes, protected = np.zeros((rows, cols - count), np.uint8), np.zeros((rows, count), np.float16)
+            yield name, FixedCode(width, codes, zeros.astype(np.float16), zeros, range(count), protected)
+
+    def make(self, wanted: Mapping[str, Wanted], *, estimate: bool) -> None:
+        """Code those units that are not yet, or zeros of about their length."""
+        missing = {n: v for n, v in wanted.items() if (n, *v, estimate) not in self.made}
+        stride = self.stride if estimate else 1
+
+        def section(item: tuple[str, FixedCode]) -> Section:
+            name, code = item
+            data, fixed = CODER.encode(code, coded=self.coded, estimate=estimate), 2 * len(code.columns)
+            if stride == 1:
+                return Section(CODER.tag, data)
+            share = len(self.weights[name]) / max(1, len(code.codes))
+            return Section(CODER.tag, bytes(fixed + round((len(data) - fixed) * share)))
+
+        codes = self.blanks(missing, stride) if estimate and not self.coded else self.codes(missing, stride)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            begun = [(item[0], pool.submit(section, item)) for item in codes]
+            for name, found in begun:
+                self.made[(name, *missing[name], estimate)] = found.result()
 
     def sections(
         self, width: int, other: int, counts: Mapping[str, int], *, estimate: bool = False
     ) -> dict[str, Section]:
         """Code all units: layers at `width` bits, units without a Hessian at `other`."""
-        found = dict(self.fixed)
-        for n in self.weights:
-            bits = width if n in self.hessians else other
-            found[n] = self.section(n, bits, counts.get(n, 0), estimate=estimate)
+        wanted = {n: (width if n in self.hessians else other, counts.get(n, 0)) for n in self.weights}
+        self.make(wanted, estimate=estimate)
+        found = self.fixed | {n: self.made[(n, *v, estimate)] for n, v in wanted.items()}
         return {u.name: found[u.name] for u in self.job.model.units}
 
     def room(self, sections: dict[str, Section]) -> int:
@@ -229,7 +320,8 @@ def _spend(fit: _Fit, width: int, other: int, counts: dict[str, int]) -> dict[st
         full = counts[name] >= min(fit.weights[name].shape[1], _MOST_COLUMNS)
         if full or nominal > 1.2 * left:
             continue
-        trial = sections | {name: fit.section(name, width, counts[name] + 1, estimate=False)}
+        fit.make({name: (width, counts[name] + 1)}, estimate=False)
+        trial = sections | {name: fit.made[name, width, counts[name] + 1, False]}
         after = fit.room(trial)
         if 0 <= after < left:
             counts[name] += 1
@@ -244,8 +336,8 @@ def run(job: Job) -> Outcome:
     with job.reporter.step("width and protected columns", 1) as advance:
         values = matrices(job)
         fixed = exact_sections(job.model.units, values)
-        weights = {n: w for n, w in values.items() if n not in fixed}
-        known = {n: hessians[n] for n in weights if n in hessians and n not in embeddings}
+        weights = {n: w.to(job.device) for n, w in values.items() if n not in fixed}
+        known = {n: hessians[n].to(job.device) for n in weights if n in hessians and n not in embeddings}
         fit = _Fit(job, weights, known, fixed, entropy)
         width, other = _widths(fit)
         counts = _share(fit, width, other)

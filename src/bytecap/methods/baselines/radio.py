@@ -28,22 +28,23 @@ above to 1.28, within its standard error).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from bytecap.calibration.statistics import gradients
 from bytecap.calibration.weight_gradients import KINDS, Gradients, mean_squared_gradients
 from bytecap.errors import BudgetError, UsageError
-from bytecap.format.coders.companded import CODER, MAX_SETS, CompandedCode, dequantize, levels
+from bytecap.format.coders.companded import CODER, dequantize
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.decoder import from_matrix
 from bytecap.job import Job, Outcome, Section
+from bytecap.methods.baselines.companding import Array, Companding, Groups, cut
 from bytecap.methods.baselines.owq import coded
 from bytecap.methods.baselines.runs import matrices
 from bytecap.methods.baselines.uniform import exact_sections
@@ -53,58 +54,11 @@ from bytecap.types import Unit
 MAX_DEPTH = 8
 SET_SIZES = (64, 128, 256, 512)
 ROUNDS = 1
-_SCALES = np.geomspace(0.5, 1.6, 7)  # tried, in standard deviations
 _GROUP_BITS = {False: 36.0, True: 28.0}  # of a group's scale, offset and depth: nominal; about, when coded
 _HALVINGS = 30
 _REPAIRS = 5  # real sizes against estimated ones
-_NOTHING = -200.0  # log2 of the distortion of a group that cannot be distorted
-
-Array = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Groups:
-    """The groups that one matrix is cut into.
-
-    Attributes:
-        sets: set of every row, (rows,).
-        sizes: rows of every set, (count,).
-        importance: log2 of G^2 S^2 of every group, (count, cols).
-    """
-
-    sets: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-    importance: Array
-
-
-def _log2(values: Tensor) -> Tensor:
-    return torch.where(values > 0, values.double().clamp(min=1e-60).log2(), _NOTHING / 2)
-
-
-def _by_set(values: Tensor, sets: Tensor, sizes: Tensor) -> Tensor:
-    """Return the mean over the rows of every set, float64 (count, cols)."""
-    total = torch.zeros(len(sizes), values.shape[1], dtype=torch.float64)
-    return total.index_add_(0, sets, values.double()) / sizes[:, None]
-
-
-def cut(weight: Tensor, square: Tensor, size: int) -> Groups:
-    """Cut rows into sets of about `size`, and weigh every group.
-
-    Args:
-        weight: float32 (rows, cols).
-        square: mean squared gradients (rows, cols).
-        size: rows of a set.
-    """
-    rows = len(weight)
-    count = min(MAX_SETS, max(1, round(rows / size)))
-    score = _log2(weight.var(1, correction=0)) + _log2(square.mean(1))
-    sets = torch.empty(rows, dtype=torch.long)
-    sets[torch.argsort(score, stable=True)] = torch.arange(rows) * count // max(1, rows)
-    sizes = torch.bincount(sets, minlength=count).clamp(min=1)
-    mean = _by_set(weight, sets, sizes)
-    spread = _by_set((weight - mean.float()[sets]).square(), sets, sizes)
-    importance = (_log2(spread) + _log2(_by_set(square, sets, sizes))).clamp(min=_NOTHING)
-    return Groups(sets.numpy(), sizes.numpy(), importance.numpy())
+_SAMPLED = 2**24  # weights of a model that sizes are estimated from: columns at a stride
+_PART = 2**17  # bytes left over that are not worth another coding, as a part of the budget
 
 
 def depths_at(importance: Array, log_lambda: float) -> Array:
@@ -113,108 +67,56 @@ def depths_at(importance: Array, log_lambda: float) -> Array:
     return found
 
 
-def dual_ascent(importance: Array, weights: Array, rate: float, tolerance: float = 1e-10) -> float:
+@dataclass(frozen=True)
+class Spectrum:
+    """Groups by rising importance, so that a mean depth takes two look-ups.
+
+    Attributes:
+        importance: log2 of G^2 S^2, rising (n,).
+        weights: number of weights of the groups before each, (n + 1,).
+        sums: sum of weights times importance before each, (n + 1,).
+    """
+
+    importance: Array
+    weights: Array
+    sums: Array
+
+    @classmethod
+    def of(cls, groups: Iterable[Groups]) -> Spectrum:
+        """Rank the groups of some matrices."""
+        matrices = list(groups)
+        importance = np.concatenate([g.importance.reshape(-1) for g in matrices])
+        order = np.argsort(importance, kind="stable")
+        importance, weights = importance[order], np.concatenate([g.counts() for g in matrices])[order]
+        before = [np.concatenate([[0.0], np.cumsum(x)]) for x in (weights, weights * importance)]
+        return cls(importance, *before)
+
+    def at(self, log_lambda: float) -> tuple[float, float]:
+        """Return the mean depth before rounding, and the share of weights at neither end of the range."""
+        low = int(np.searchsorted(self.importance, log_lambda, "right"))
+        high = int(np.searchsorted(self.importance, log_lambda + 2 * MAX_DEPTH, "left"))
+        inside = float(self.weights[high] - self.weights[low])
+        bits = 0.5 * (float(self.sums[high] - self.sums[low]) - log_lambda * inside)
+        total = float(self.weights[-1])
+        return (bits + MAX_DEPTH * (total - float(self.weights[high]))) / total, inside / total
+
+
+def dual_ascent(groups: Spectrum, rate: float, tolerance: float = 1e-10) -> float:
     """Return the log2 lambda at which the mean depth is `rate`.
 
     Args:
-        importance: log2 of G^2 S^2 of every group, (n,).
-        weights: number of weights in every group, (n,).
+        groups: of all matrices.
         rate: bits per weight, 0 to 8.
         tolerance: of the mean depth.
     """
-    total = float(weights.sum())
-    log_lambda = float(weights @ importance) / total - 2 * rate
+    log_lambda = float(groups.sums[-1] / groups.weights[-1]) - 2 * rate
     for _ in range(10_000):
-        depth = depths_at(importance, log_lambda)
-        over = float(weights @ depth) / total - rate
+        mean, inside = groups.at(log_lambda)
+        over = mean - rate
         if abs(over) <= tolerance:
             break
-        inside = float(weights[(depth > 0) & (depth < MAX_DEPTH)].sum()) / total
         log_lambda += min(8.0, 2 / max(inside, 0.05)) * over  # the mean falls by half of `inside` per unit
     return log_lambda
-
-
-@dataclass
-class Companding:
-    """One matrix under a companded quantizer; when depths change, only those groups are quantized again.
-
-    Attributes:
-        weight: float32 (rows, cols).
-        groups: its groups.
-        code: its present state.
-    """
-
-    weight: Tensor
-    groups: Groups
-    code: CompandedCode
-
-    @staticmethod
-    def start(weight: Tensor, groups: Groups) -> Companding:
-        """Start at depth 0 everywhere."""
-        sets, sizes = torch.from_numpy(groups.sets), torch.from_numpy(groups.sizes)
-        offsets = _by_set(weight, sets, sizes).clamp(-65504, 65504).half().numpy()
-        none = np.zeros(groups.importance.shape, np.uint8)
-        codes = np.zeros(tuple(weight.shape), np.uint8)
-        return Companding(weight, groups, CompandedCode(groups.sets, none, offsets, np.zeros_like(offsets), codes))
-
-    def move(self, depths: npt.NDArray[np.uint8]) -> None:
-        """Quantize the groups whose depth has changed."""
-        code, sets = self.code, self.groups.sets
-        changed = depths != code.depths
-        for depth in np.unique(depths[changed]).tolist():
-            chosen = changed & (depths == depth)
-            cols = np.flatnonzero(chosen.any(0))
-            mask = chosen[:, cols]
-            found = compand(self.weight[:, torch.from_numpy(cols)], self.groups, depth)
-            _put(code.codes, cols, found[0], mask[sets])
-            _put(code.scales, cols, found[1], mask)
-            _put(code.offsets, cols, found[2], mask)
-        self.code = replace(code, depths=depths)
-
-
-def _put(old: npt.NDArray[Any], cols: npt.NDArray[np.int64], new: npt.NDArray[Any], where: npt.NDArray[Any]) -> None:
-    """Replace values in some columns of an array where a mask of these columns says so."""
-    part = old[:, cols]
-    part[where] = new[where]
-    old[:, cols] = part
-
-
-def _nearest_codes(weight: Tensor, scale: Tensor, offset: Tensor, depth: int) -> Tensor:
-    """Return the nearest codes of weights at scales and offsets of the same shape."""
-    v = (weight - offset) * torch.where(scale > 0, 1 / scale, 0.0)
-    uniform = 0.5 * (1 + v.sign() * (1 - torch.exp(v.abs() * (-math.sqrt(2) / 3))))
-    return (uniform * (1 << depth)).floor_().clamp_(0, (1 << depth) - 1).long()
-
-
-def compand(
-    weight: Tensor, groups: Groups, depth: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16], npt.NDArray[np.float16]]:
-    """Try scales and offsets; returns codes (rows, cols), scales and offsets (sets, cols) of least squared error.
-
-    Args:
-        weight: float32 (rows, cols).
-        groups: of the matrix that these columns are from; only its sets are used.
-        depth: bits of a code; at 0 the offset is the mean.
-    """
-    sets, sizes = torch.from_numpy(groups.sets), torch.from_numpy(groups.sizes)
-    mean = _by_set(weight, sets, sizes)
-    spread = (_by_set(weight.square(), sets, sizes) - mean.square()).clamp(min=0).sqrt()
-    table = torch.from_numpy(levels(depth))
-    error = torch.full_like(mean, math.inf)
-    scale, offset, codes = torch.zeros_like(mean).half(), mean.half(), torch.zeros(weight.shape, dtype=torch.uint8)
-    for ratio in _SCALES if depth else ():
-        level = table[_nearest_codes(weight, (ratio * spread).float()[sets], mean.float()[sets], depth)]
-        centre = _by_set(level, sets, sizes)
-        width = _by_set(level.square(), sets, sizes) - centre.square()
-        fit = (_by_set(level * weight, sets, sizes) - centre * mean) / width.clamp(min=1e-12)
-        fit = torch.where((width > 1e-9) & (fit > 0), fit, ratio * spread)
-        c, o = fit.clamp(max=65504).half(), (mean - fit * centre).clamp(-65504, 65504).half()
-        z = _nearest_codes(weight, c.float()[sets], o.float()[sets], depth)
-        found = _by_set((weight - o.float()[sets] - c.float()[sets] * table[z]).square(), sets, sizes)
-        better = found < error
-        error, scale, offset = (torch.where(better, new, old) for new, old in ((found, error), (c, scale), (o, offset)))
-        codes = torch.where(better[sets], z.to(torch.uint8), codes)
-    return codes.numpy(), scale.numpy(), offset.numpy()
 
 
 @dataclass
@@ -227,6 +129,9 @@ class _Fit:
         means: mean inputs by unit name.
         exact: float32 values of the units kept exact.
         coded: entropy coded, or as published.
+        spectrum: of all groups.
+        samples: the same of large models at a stride of columns, by which sizes are estimated.
+        estimates: sections of about the length that samples have as they are.
     """
 
     job: Job
@@ -234,38 +139,67 @@ class _Fit:
     means: dict[str, Tensor]
     exact: dict[str, Tensor]
     coded: bool
+    spectrum: Spectrum = field(init=False)
+    samples: dict[str, Companding] = field(init=False)
     estimates: dict[str, Section] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        stride = -(-sum(p.weight.numel() for p in self.parts.values()) // _SAMPLED)
+        self.spectrum = Spectrum.of(p.groups for p in self.parts.values())
+        self.samples = self.parts if stride <= 1 else {n: p.some(stride) for n, p in self.parts.items()}
+
+    def try_rate(self, rate: float) -> None:
+        """Take the sampled groups to their depths at a mean depth of `rate` before rounding."""
+        for name in self._move(self.samples, rate):
+            self.estimates.pop(name, None)
 
     def move(self, rate: float) -> None:
         """Take every group to its depth at a mean depth of `rate` before rounding."""
-        importance = np.concatenate([p.groups.importance.reshape(-1) for p in self.parts.values()])
-        weights = np.concatenate([_counts(p.groups) for p in self.parts.values()])
-        log_lambda = dual_ascent(importance, weights, rate)
-        for name, part in self.parts.items():
-            depths = np.rint(depths_at(part.groups.importance, log_lambda)).astype(np.uint8)
-            if not np.array_equal(depths, part.code.depths):
-                part.move(depths)
-                self.estimates.pop(name, None)
+        self.try_rate(rate)
+        self._move(self.parts, rate)
+
+    def _move(self, parts: Mapping[str, Companding], rate: float) -> list[str]:
+        """Move groups to their depths; returns the names of matrices that change."""
+        log_lambda = dual_ascent(self.spectrum, rate)
+        depths = {n: np.rint(depths_at(p.groups.importance, log_lambda)).astype(np.uint8) for n, p in parts.items()}
+        moved = [n for n, p in parts.items() if not np.array_equal(depths[n], p.code.depths)]
+        for name in moved:
+            parts[name].move(depths[name])
+        return moved
+
+    def _encoded(self, parts: Mapping[str, Companding], *, estimate: bool) -> dict[str, Section]:
+        """Encode matrices side by side, the largest first."""
+
+        def encode(part: Companding) -> bytes:
+            return CODER.encode(part.code, coded=self.coded, estimate=estimate)
+
+        names = sorted(parts, key=lambda n: -parts[n].weight.numel())
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return {
+                n: Section(CODER.tag, d) for n, d in zip(names, pool.map(encode, map(parts.get, names)), strict=True)
+            }
 
     def sections(self, *, estimate: bool) -> dict[str, Section]:
         """Return the sections of all units as they are now."""
         units = {u.name: u for u in self.job.model.units}
         if estimate:
-            for name in self.parts.keys() - self.estimates.keys():
-                data = CODER.encode(self.parts[name].code, coded=self.coded, estimate=True)
-                self.estimates[name] = Section(CODER.tag, data)
+            missing = {n: p for n, p in self.samples.items() if n not in self.estimates}
+            for name, section in self._encoded(missing, estimate=True).items():
+                share = self.parts[name].weight.numel() / max(1, self.samples[name].weight.numel())
+                self.estimates[name] = Section(CODER.tag, bytes(round(len(section.data) * share)))
             found = dict(self.estimates)
         else:
-            found = {n: Section(CODER.tag, CODER.encode(p.code, coded=self.coded)) for n, p in self.parts.items()}
+            found = self._encoded(self.parts, estimate=False)
         found |= exact_sections([units[n] for n in self.exact], self.exact)
-        return {n: found[n] for n in units} | self._biases(units)
+        sampled = estimate and self.samples is not self.parts
+        return {n: found[n] for n in units} | ({} if sampled else self._biases(units))
 
     def _biases(self, units: Mapping[str, Unit]) -> dict[str, Section]:
         """Return biases that take up the mean error of their layer."""
         found = {}
         for name, bias in bias_names(units).items():
             if name in self.parts and name in self.means and bias in self.exact:
-                lost = self.parts[name].weight - torch.from_numpy(dequantize(self.parts[name].code))
+                lost = self.parts[name].weight.cpu() - torch.from_numpy(dequantize(self.parts[name].code))
                 value = self.exact[bias].double() + (lost.double() @ self.means[name])[None]
                 found[bias] = Section(EXACT.tag, EXACT.encode(value.float().numpy(), units[bias].dtype))
         return found
@@ -285,17 +219,12 @@ def bias_names(units: Mapping[str, Unit]) -> dict[str, str]:
     }
 
 
-def _counts(groups: Groups) -> Array:
-    """Return the number of weights of every group, in the order of `importance`."""
-    return np.repeat(groups.sizes.astype(np.float64), groups.importance.shape[1])
-
-
 def _bisect(fit: _Fit, room: int) -> float:
     """Bisect for the largest mean depth whose estimated size leaves at least `room` bytes."""
     low, high = 0.0, float(MAX_DEPTH)
     for _ in range(_HALVINGS):
         rate = (low + high) / 2
-        fit.move(rate)
+        fit.try_rate(rate)
         if fit.room(estimate=True) >= room:
             low = rate
         else:
@@ -322,7 +251,7 @@ def _solve(fit: _Fit) -> tuple[float, dict[str, Section]]:
         room = fit.job.budget - fit.job.size(real, b"")
         if 0 <= room < left:
             best, left, chosen = real, room, rate
-        if 0 <= room <= 48:
+        if 0 <= room <= max(48, fit.job.budget // _PART):
             break
         correction = fit.room(estimate=True) - room
     return chosen, best
@@ -334,12 +263,11 @@ def _set_size(weights: Mapping[str, Tensor], found: Gradients, budget: int, grou
     best = (math.inf, SET_SIZES[0])
     for size in SET_SIZES:
         groups = [cut(w, found.square[n], size) for n, w in weights.items()]
-        importance = np.concatenate([g.importance.reshape(-1) for g in groups])
-        count = np.concatenate([_counts(g) for g in groups])
-        rate = (8 * budget - group_bits * len(count)) / total
+        rate = (8 * budget - group_bits * sum(g.importance.size for g in groups)) / total
         if rate > 0:
-            depth = depths_at(importance, dual_ascent(importance, count, min(rate, MAX_DEPTH), 1e-6))
-            best = min(best, (float(count @ np.exp2(importance - 2 * depth)), size))
+            log_lambda = dual_ascent(Spectrum.of(groups), min(rate, MAX_DEPTH), 1e-6)
+            lost = [g.importance - 2 * depths_at(g.importance, log_lambda) for g in groups]
+            best = min(best, (sum(float(g.sizes @ np.exp2(x).sum(1)) for g, x in zip(groups, lost, strict=True)), size))
     return best[1]
 
 
@@ -380,14 +308,14 @@ def run(job: Job) -> Outcome:
         found.inputs = again.inputs if i == 0 else found.inputs
         with job.reporter.step("dual ascent to the cap", 1) as advance:
             size = int(job.options.get("group", 0)) or _set_size(weights, found, capacity, _GROUP_BITS[entropy])
-            parts = {n: Companding.start(w, cut(w, found.square[n], size)) for n, w in weights.items()}
+            parts = {n: Companding.start(w, cut(w, found.square[n], size), job.device) for n, w in weights.items()}
             fit = _Fit(job, parts, found.inputs, {n: values[n] for n in fixed}, entropy)
             rate, sections = _solve(fit)
             advance(1)
         if i + 1 < rounds:
             module = _quantized_copy(job, parts)
     lost = sum(
-        float((found.square[n] * (p.weight - torch.from_numpy(dequantize(p.code))).square()).sum()) / 2
+        float((found.square[n] * (weights[n] - torch.from_numpy(dequantize(p.code))).square()).sum()) / 2
         for n, p in parts.items()
     )
     return Outcome(sections, b"", lost, math.nan, math.nan, f"radio {rate:.3f} bits, sets of {size} rows")

@@ -92,10 +92,11 @@ def total(parts: Mapping[str, CodedMatrix]) -> int:
 
 
 def measure(matrices: Mapping[Name, Quantized], write: Writer) -> dict[Name, CodedMatrix]:
-    """Compress every matrix for real; compressors release the interpreter lock, so threads help."""
+    """Compress every matrix, the largest first; compressors release the interpreter lock, so threads help."""
+    largest_first = sorted(matrices, key=lambda n: -matrices[n].codes.size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sections = pool.map(write, matrices.values())
-        return {n: CodedMatrix(m, s.data, s.tag) for (n, m), s in zip(matrices.items(), sections, strict=True)}
+        sections = dict(zip(largest_first, pool.map(write, (matrices[n] for n in largest_first)), strict=True))
+    return {n: CodedMatrix(m, sections[n].data, sections[n].tag) for n, m in matrices.items()}
 
 
 def _mixed(low: Quantized, high: Quantized, rows: int) -> Quantized:
