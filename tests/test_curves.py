@@ -311,10 +311,9 @@ def test_decoded_values_are_what_the_paths_say(model_directory, texts, monkeypat
     seen = []
     real = trial.realise
 
-    def look(operating_point, path, chosen):
-        found = real(operating_point, path, chosen)
-        for name, r in found.items():
-            index = chosen[name]
+    def look(operating_point, wanted):
+        found = real(operating_point, wanted)
+        for (path, name, index), r in found.items():
             setting = trial.ladder(path, operating_point.base, name, operating_point.most_settings)[index]
             tried = trial.attempt(operating_point, path, {name: (index, setting)})[name]
             seen.append(np.array_equal(r.values, tried.values.numpy()))

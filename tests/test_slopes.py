@@ -14,7 +14,7 @@ from bytecap.progress import Silent
 from bytecap.quantization.overlays import UnitProblem
 from bytecap.system.cache import Store
 from bytecap.types import Unit
-from bytecap_lab.rd_curves import trial
+from bytecap_lab.rd_curves.expansion import Expansion
 from bytecap_lab.rd_curves.slopes import measure_slopes
 
 pytestmark = pytest.mark.numeric
@@ -65,7 +65,8 @@ class TestExpansion:
         name = problem.unit.name
         for size in (0.0, 0.03, 0.05):  # from an error removed to another of the same size
             values = problem.weight + size * torch.randn(96, 16, generator=g)
-            slope, curved = trial.recovered(problem, rounded.values, values, found.gradients[name], found.factors[name])
+            _, slope, curved = Expansion.at(problem, rounded.values, found.gradients[name]).of(values)
+            curved *= found.factors[name]
             variants = {"": {}, "new": {name: values.numpy()}}
             kl = kl_each(job.model.module, quantized_copy, variants, job.sets.statistics)
             gain = kl[""][0] - kl["new"][0]
@@ -87,3 +88,15 @@ class TestExpansion:
         again = measure_slopes(job, base, quantized_copy, Store(tmp_path), "a")
         assert again.factors == first.factors
         assert torch.equal(again.gradients["map.weight"], first.gradients["map.weight"])
+
+
+def test_an_expansion_is_the_metric_and_the_slope_of_one_change():
+    g = torch.Generator().manual_seed(3)
+    weight, half = torch.randn(50, 8, generator=g), torch.randn(8, 8, generator=g, dtype=torch.float64)
+    rows = torch.rand(50, generator=g, dtype=torch.float64)
+    problem = UnitProblem(Unit("a", (50, 8), "F32"), weight, half @ half.T, rows)
+    before, after, slope = (weight + 0.1 * torch.randn(50, 8, generator=g) for _ in range(3))
+    found = Expansion.at(problem, before, slope).of(after)
+    assert found.metric == pytest.approx(problem.distortion(before) - problem.distortion(after), rel=1e-4)
+    assert found.slope == pytest.approx(-float((slope.double() * (after - before).double()).sum()), rel=1e-5)
+    assert found.curved == pytest.approx(problem.distortion(weight + (after - before)), rel=1e-5)

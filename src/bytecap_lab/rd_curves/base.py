@@ -38,6 +38,7 @@ from bytecap.methods.baselines.gptq import Factor, factorize
 from bytecap.quantization.overlays import UnitProblem
 from bytecap.quantization.quantizer import Prepared, prepare, rate, round_units
 from bytecap.quantization.rules import Rules
+from bytecap.system.threads import in_threads
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,7 @@ class GolfBase:
 
     def sections(self, rounded: Sequence[Rounded]) -> list[Section]:
         """See `Base`."""
-        return [Section(PACKED.tag, PACKED.encode(r.code, BROTLI)) for r in rounded]
+        return in_threads(lambda r: Section(PACKED.tag, PACKED.encode(r.code, BROTLI)), rounded)
 
 
 def _golf_round(problem: UnitProblem, factor: Factor | None, k: float) -> Rounded:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from bytecap.calibration.statistics import windows_key
 from bytecap.format.coders.stack import CODER as STACK
@@ -23,11 +24,11 @@ from bytecap.progress import Advance
 from bytecap.sizes import in_groups
 from bytecap.system.cache import Store, digest
 from bytecap_lab.rd_curves.operating_point import OperatingPoint
-from bytecap_lab.rd_curves.trial import Real, realise
+from bytecap_lab.rd_curves.trial import Choice, Real, realise
 
 FloatArray = npt.NDArray[np.float64]
 _TOGETHER = 12  # points measured in one pass over the original
-_VALUES = 2**26  # float32 values they may hold together
+_VALUES = {"cpu": 2**26, "cuda": 2**29}  # float32 values they may hold together
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,15 @@ class Pick:
 
     chosen: Mapping[str, tuple[str, int]]
 
+    @property
+    def choices(self) -> dict[str, Choice]:
+        """What each unit is coded as."""
+        return {n: (path, n, index) for n, (path, index) in self.chosen.items()}
+
     def real(self, operating_point: OperatingPoint) -> dict[str, Real]:
         """The units as they would be stored, in the order of `chosen`."""
-        found: dict[str, Real] = {}
-        for path in dict.fromkeys(p for p, _ in self.chosen.values()):
-            found |= realise(operating_point, path, {n: i for n, (p, i) in self.chosen.items() if p == path})
-        return {n: found[n] for n in self.chosen}
+        found = realise(operating_point, self.choices.values())
+        return {n: found[c] for n, c in self.choices.items()}
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,10 @@ def measure(
     missing = {k: p for k, p in zip(keys, picks, strict=True) if kept[k] is None}
     parameters = sum(p.unit.parameters for p in operating_point.base.problems.values())
     sizes = {k: sum(operating_point.base.problems[n].unit.parameters for n in p.chosen) for k, p in missing.items()}
-    for group in in_groups(missing, sizes.__getitem__, _VALUES, _TOGETHER):
-        reals = {k: missing[k].real(operating_point) for k in group}
+    most = _VALUES[torch.device(operating_point.job.device).type]
+    for group in in_groups(missing, sizes.__getitem__, most, _TOGETHER):
+        coded = realise(operating_point, [c for k in group for c in missing[k].choices.values()])
+        reals = {k: {n: coded[c] for n, c in missing[k].choices.items()} for k in group}
         units = {n: p.unit for n, p in operating_point.base.problems.items()}
         values = {k: {n: from_matrix(units[n], r.values) for n, r in real.items()} for k, real in reals.items()}
         scores = by_window(

@@ -7,7 +7,7 @@ Three kinds of path. `step` is the base itself at a finer step of the whole tens
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,9 +20,10 @@ from bytecap.format.coders.stack import CODER as STACK
 from bytecap.format.wire.shared_objects import LIST_ENTRY
 from bytecap.job import Section
 from bytecap.progress import Advance
-from bytecap.quantization.overlays import Applied, Overlay, UnitProblem, check_names, overlays, thinned
+from bytecap.quantization.overlays import Applied, Overlay, check_names, overlays, thinned
 from bytecap.system.cache import Store, digest
 from bytecap_lab.rd_curves.base import Base, Rounded
+from bytecap_lab.rd_curves.expansion import Expansion
 from bytecap_lab.rd_curves.operating_point import MOST_SETTINGS, OperatingPoint
 from bytecap_lab.rd_curves.paths import Recoded, coded, recodings, values_of
 
@@ -30,6 +31,7 @@ EXPANSION = (
     0.2  # weight of the expansion in `OverlayCandidate.alone`; the metric's forecast has the rest (LOG.md, 2026-11-22)
 )
 STEP, COARSER = "step", "coarser"
+Choice = tuple[str, str, int]  # path, unit and index of the setting
 STEPS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # octaves finer
 COARSE = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 3.0)  # octaves coarser
 
@@ -210,14 +212,21 @@ def _promises(
     ladders = {n: list(enumerate(ladder(path, base, n, operating_point.most_settings))) for n in names}
     tried = {n: _few(r, most_settings or len(r)) for n, r in ladders.items()}
     found: dict[str, list[OverlayCandidate]] = {n: [] for n in names}
+    expansions = {n: _expansion(operating_point, n) for n, r in tried.items() if r}
     longest = max((len(r) for r in tried.values()), default=0)
     for at in range(longest):
         wanted = {n: r[at] for n, r in tried.items() if at < len(r)}
         for name, unit in attempt(operating_point, path, wanted).items():
             index, setting = wanted[name]
-            found[name].append(_candidate(operating_point, path, name, index, setting, unit))
+            found[name].append(_candidate(operating_point, path, name, index, setting, unit, expansions[name]))
         advance(len(names) / longest)
     return found
+
+
+def _expansion(operating_point: OperatingPoint, name: str) -> Expansion:
+    base = operating_point.base
+    slope = operating_point.slopes.gradients[name]
+    return Expansion.at(base.problems[name], base.units[name].values, slope, base.device)
 
 
 def _few(ladder: Sequence[Any], most: int) -> Sequence[Any]:
@@ -226,43 +235,15 @@ def _few(ladder: Sequence[Any], most: int) -> Sequence[Any]:
 
 
 def _candidate(
-    operating_point: OperatingPoint, path: str, name: str, index: int, setting: Any, tried: Tried
+    operating_point: OperatingPoint, path: str, name: str, index: int, setting: Any, tried: Tried, expansion: Expansion
 ) -> OverlayCandidate:
-    base, values = operating_point.base, tried.values
-    problem, before, kappa = base.problems[name], base.units[name].values, base.kappa.get(name, 1.0)
-    gain = kappa * (problem.distortion(before) - problem.distortion(values))
-    slope, curved = recovered(
-        problem, before, values, operating_point.slopes.gradients[name], operating_point.slopes.factors[name]
-    )
-    alone = EXPANSION * (slope - curved) + (1 - EXPANSION) * gain
+    by = expansion.of(tried.values)
+    gain = operating_point.base.kappa.get(name, 1.0) * by.metric
+    alone = EXPANSION * (by.slope - operating_point.slopes.factors[name] * by.curved) + (1 - EXPANSION) * gain
     stream = getattr(setting, "stream", -1)
     listed = f"{stream} {setting.count} {setting.bits}" if stream >= 0 else getattr(setting, "shared", "")
-    return OverlayCandidate(path, name, index, _words(path, setting), float(tried.growth), gain, slope, alone,
+    return OverlayCandidate(path, name, index, _words(path, setting), float(tried.growth), gain, by.slope, alone,
                             tried.side, float(tried.share), stream, listed)  # fmt: skip
-
-
-def promise(operating_point: OperatingPoint, path: str, name: str, index: int) -> OverlayCandidate:
-    """Predict one unit at one setting of a path, by its index in the ladder; nothing is cached."""
-    setting = ladder(path, operating_point.base, name, operating_point.most_settings)[index]
-    tried = attempt(operating_point, path, {name: (index, setting)})[name]
-    return _candidate(operating_point, path, name, index, setting, tried)
-
-
-def recovered(problem: UnitProblem, before: Tensor, after: Tensor, slope: Tensor, factor: float) -> tuple[float, float]:
-    """Return the nats that other values of one unit gain by the KL's slope at the base, and lose by its curvature.
-
-    Exact to second order for one unit, too hopeful for a sum: several units are credited with the same slope.
-
-    Args:
-        problem: whose metric is the curvature.
-        before: the base's values (rows, cols).
-        after: the new ones.
-        slope: measured gradient of the KL at the base; holds the errors of all other units too.
-        factor: of the curvature.
-    """
-    change = (after - before).double()
-    curved = float((((change @ problem.hessian) * change).sum(1) @ problem.rows) / 2)
-    return -float((slope.double() * change).sum()), factor * curved
 
 
 def _words(path: str, setting: Any) -> str:
@@ -271,34 +252,38 @@ def _words(path: str, setting: Any) -> str:
     return f"{setting} states" if isinstance(setting, int) else str(setting)
 
 
-def realise(operating_point: OperatingPoint, path: str, chosen: Mapping[str, int]) -> dict[str, Real]:
-    """Code units of a path at the settings of these indices with the real coders, and decode them.
+def realise(operating_point: OperatingPoint, wanted: Iterable[Choice]) -> dict[Choice, Real]:
+    """Code units of paths with the real coders, all together and none twice, and decode them.
 
     Args:
         operating_point: where the paths start.
-        path: its id.
-        chosen: index of the setting by unit name.
+        wanted: path, unit and index of the setting.
     """
-    base = operating_point.base
-    if path in recodings():
-        wanted = {n: (i, ladder(path, base, n)[i]) for n, i in chosen.items()}
-        recoded = {n: coded(base, path, {n: w})[n] for n, w in wanted.items()}
-        arrays = {n: v.numpy() for n, v in values_of(base, recoded).items()}
-        return {n: Real(r.section, arrays[n], r.side, r.share, r.objects) for n, r in recoded.items()}
-    tried: dict[str, tuple[Rounded, Applied | None]] = {}
-    for index in sorted(set(chosen.values())):
-        mine = {n: ladder(path, base, n, operating_point.most_settings)[index] for n, i in chosen.items() if i == index}
-        tried |= _try(base, path, mine)
-    tried = {n: tried[n] for n in chosen}
+    base, choices = operating_point.base, list(dict.fromkeys(wanted))
+    units, found = {n: base.problems[n].unit for _, n, _ in choices}, dict[Choice, Real]()
+    for path, name, index in choices:
+        if path in recodings():
+            recoded = coded(base, path, {name: (index, ladder(path, base, name)[index])})
+            (values,), r = values_of(base, recoded).values(), recoded[name]
+            found[path, name, index] = Real(r.section, values.numpy(), r.side, r.share, r.objects)
+    tried = _tried(operating_point, [c for c in choices if c not in found])
     below = base.sections([r for r, _ in tried.values()])
     sections = {
-        n: s if a is None else Section(STACK.tag, STACK.encode((s.tag, s.data), [(a.tag, a.data)]))
-        for (n, (_, a)), s in zip(tried.items(), below, strict=True)
+        c: s if a is None else Section(STACK.tag, STACK.encode((s.tag, s.data), [(a.tag, a.data)]))
+        for (c, (_, a)), s in zip(tried.items(), below, strict=True)
     }
-    units = {n: base.problems[n].unit for n in chosen}
     decoded = run([coder(s.tag).decode(s.data, units[n].matrix_shape, units[n].dtype, base.shared)
-                   for n, s in sections.items()])  # fmt: skip
-    return {
-        n: Real(sections[n], values, a.side if a else 0, float(a.share) if a else 1.0)
-        for (n, (_, a)), values in zip(tried.items(), decoded, strict=True)
-    }
+                   for (_, n, _), s in sections.items()])  # fmt: skip
+    for (c, (_, a)), values in zip(tried.items(), decoded, strict=True):
+        found[c] = Real(sections[c], values, a.side if a else 0, float(a.share) if a else 1.0)
+    return {c: found[c] for c in choices}
+
+
+def _tried(operating_point: OperatingPoint, choices: Sequence[Choice]) -> dict[Choice, tuple[Rounded, Applied | None]]:
+    """Return base coding and layer of choices that are no recodings; what shares a setting is rounded together."""
+    base, found = operating_point.base, dict[Choice, tuple[Rounded, Applied | None]]()
+    for path, index in dict.fromkeys((p, i) for p, _, i in choices):
+        names = [n for p, n, i in choices if (p, i) == (path, index)]
+        mine = {n: ladder(path, base, n, operating_point.most_settings)[index] for n in names}
+        found |= {(path, n, index): t for n, t in _try(base, path, mine).items()}
+    return {c: found[c] for c in choices}
