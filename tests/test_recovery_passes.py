@@ -60,12 +60,14 @@ class TestCurve:
         torch.manual_seed(0)
         found, target = torch.randn(3, 8), torch.randn(3, 8)
         real, ids = torch.tensor([True, False, True]), torch.zeros(1, 3, dtype=torch.long)
-        whole = kl_gradient._divergence(found, target, real, ids, 0.2)
+        whole = kl_gradient.divergence(found, target, real, ids, 0.2)
         found[1, 2] = float("nan")
-        total, slopes = kl_gradient._divergence(found, target, real, ids, 0.2)
+        total, slopes = kl_gradient.divergence(found, target, real, ids, 0.2)
         assert total == whole[0] > 0
         assert torch.equal(slopes, whole[1])
         assert not slopes[1].any()
+        some = kl_gradient.divergence(found[::2], target[::2])  # all rows count by default
+        assert some[0] == pytest.approx(float(kl_gradient.divergence(found, target, real)[0]))
 
     def test_skipped_iterations_count(self, model_directory, texts):
         model = load_checkpoint(model_directory("rotary"))
