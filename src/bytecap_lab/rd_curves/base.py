@@ -132,7 +132,12 @@ class GridBase:
         options = replace(self.planner.options, damping=0.0)  # the problem's Hessian is damped already
         device = self.planner.matrices[0].weight.device if self.planner.matrices else torch.device("cpu")
         changed = [p for p in problems if finer or p is not self.problems[p.unit.name]]
-        items = [prepare(p.unit, p.weight.to(device), _metric(p, device), options) for p in changed]
+        own = {p.unit.name: p for p in self.planner.matrices}  # factored already
+        items = [
+            own[p.unit.name] if p is self.problems[p.unit.name]
+            else prepare(p.unit, p.weight.to(device), _metric(p, device), options)
+            for p in changed
+        ]  # fmt: skip
         steps = {p.unit.name: self.steps[p.unit.name] * 2.0**-finer for p in items}
         rounded = _grid_round(self.planner, self.rules, items, steps)
         found = {p.unit.name: r for p, r in zip(changed, rounded, strict=True)}

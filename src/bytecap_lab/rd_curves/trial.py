@@ -264,7 +264,7 @@ def realise(operating_point: OperatingPoint, wanted: Iterable[Choice]) -> dict[C
     for path, name, index in choices:
         if path in recodings():
             recoded = coded(base, path, {name: (index, ladder(path, base, name)[index])})
-            (values,), r = values_of(base, recoded).values(), recoded[name]
+            r, values = recoded[name], values_of(base, recoded)[name]
             found[path, name, index] = Real(r.section, values.numpy(), r.side, r.share, r.objects)
     tried = _tried(operating_point, [c for c in choices if c not in found])
     below = base.sections([r for r, _ in tried.values()])
@@ -274,8 +274,8 @@ def realise(operating_point: OperatingPoint, wanted: Iterable[Choice]) -> dict[C
     }
     decoded = run([coder(s.tag).decode(s.data, units[n].matrix_shape, units[n].dtype, base.shared)
                    for (_, n, _), s in sections.items()])  # fmt: skip
-    for (c, (_, a)), values in zip(tried.items(), decoded, strict=True):
-        found[c] = Real(sections[c], values, a.side if a else 0, float(a.share) if a else 1.0)
+    for (c, (_, a)), array in zip(tried.items(), decoded, strict=True):
+        found[c] = Real(sections[c], array, a.side if a else 0, float(a.share) if a else 1.0)
     return {c: found[c] for c in choices}
 
 
