@@ -7,14 +7,14 @@ from bytecap.format.coders import Shared, run
 from bytecap.format.coders.bands import CODER as BANDS
 from bytecap.format.coders.packed import MAX_CODE, Quantized, dequantize
 from bytecap.format.coders.stack import CODER as STACK
-from bytecap.methods.baselines import golf
+from bytecap.methods.baselines import golf, golf_coders
 from bytecap.methods.baselines.golf import (
     golf_sections,
     gptq,
     round_nearest,
     row_steps,
 )
-from bytecap.methods.baselines.golf_coders import smallest, with_brotli
+from bytecap.methods.baselines.golf_coders import guessed_length, smallest, with_brotli
 from bytecap.methods.baselines.gptq import Factor, factorize, feedback
 from bytecap.methods.baselines.residual import Residual
 from bytecap.methods.baselines.uniform import tolerance
@@ -268,3 +268,48 @@ def test_a_gpu_gets_files_as_good(monkeypatch):
     assert used(sections) >= 16_000 - tolerance(16_000)
     for one, other in zip(decoded(units, sections).values(), plain.values(), strict=True):
         assert (one - other).std() < 0.2 * other.std()
+
+
+def columns_of_unlike_spread(rows=1024, cols=96):
+    """Codes whose columns differ in spread and mean, which brotli is better at than few bands."""
+    rng = np.random.default_rng(0)
+    codes = np.rint(rng.normal(size=(rows, cols)) * rng.lognormal(1, 0.7, cols) + 4 * rng.normal(size=cols))
+    return Quantized(codes.astype(np.int8), rng.uniform(0.1, 1, rows).astype(np.float16))
+
+
+def test_lengths_under_brotli_are_guessed_from_some_columns(monkeypatch):
+    monkeypatch.setattr(golf_coders, "_CODES", 2**13)
+    matrix = columns_of_unlike_spread()
+    assert guessed_length(matrix) == pytest.approx(len(with_brotli(matrix).data), rel=0.03)
+    rng = np.random.default_rng(1)
+    alike = Quantized(np.rint(3 * rng.normal(size=(1024, 300))).astype(np.int8), np.ones(1024, np.float16))
+    assert guessed_length(alike) > len(BANDS.encode(alike))
+    assert smallest(alike).data == BANDS.encode(alike)
+
+
+def test_trials_take_guesses_for_large_matrices(monkeypatch):
+    matrix = columns_of_unlike_spread()
+    monkeypatch.setattr(golf_coders, "_LARGE", matrix.codes.size)
+    monkeypatch.setattr(golf_coders, "_CODES", 2**13)
+    about, real = smallest(matrix, about=True), smallest(matrix)
+    assert about.tag == real.tag
+    assert about.data == bytes(len(about.data))
+    assert len(about.data) == pytest.approx(len(real.data), rel=0.03)
+
+
+@pytest.mark.parametrize("wrong", [1.0, 0.97, 1.03])
+def test_large_matrices_are_coded_whole_in_the_end(wrong, monkeypatch):
+    units, weights = model()
+    capacity, hessians, trials = 16_000, hessians_of(units), []
+    monkeypatch.setattr(golf_coders, "_LARGE", weights["embed"].numel())
+    guess, whole = golf_coders.guessed_length, golf_coders.CODER.encode
+    monkeypatch.setattr(golf_coders, "guessed_length", lambda m: round(wrong * guess(m)))
+    monkeypatch.setattr(
+        type(golf_coders.CODER), "encode",
+        lambda _, m, how: trials.append(m.codes.shape) or whole(m, how),
+    )  # fmt: skip
+    sections = golf_sections(units, weights, hessians, {"embed"}, capacity, coder="brotli")
+    assert capacity - tolerance(capacity) <= used(sections) <= capacity
+    assert trials.count(tuple(weights["embed"].shape)) <= (1 if wrong >= 1 else 3)
+    found = decoded(units, sections)["embed"]
+    assert float((found - weights["embed"]).square().mean()) < 0.05 * float(weights["embed"].square().mean())

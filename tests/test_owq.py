@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -6,9 +8,12 @@ import bytecap
 from bytecap.calibration.probe import probe
 from bytecap.errors import UsageError
 from bytecap.format.coders.fixed import CODER, dequantize
-from bytecap.methods.baselines.owq import coded, column_scores, quantize, row_ranges
+from bytecap.methods.baselines import owq
+from bytecap.methods.baselines.gptq import Factor, factorize
+from bytecap.methods.baselines.owq import _Fit, coded, column_scores, quantize, rounded, row_ranges, stored
 from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.texts import Window
+from bytecap.types import Unit
 from conftest import BUDGET
 from test_golf import output_error, second_moment
 
@@ -126,3 +131,48 @@ def test_unknown_accounting_is_refused():
     assert not coded({"accounting": "published"})
     with pytest.raises(UsageError, match="accounting"):
         coded({"accounting": "gross"})
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("count", [0, 3])
+def test_matrices_of_one_shape_are_rounded_together_as_one_by_one(count):
+    problems = [outlier_problem(24, 40, seed) for seed in range(3)]
+    weak = [torch.argsort(column_scores(w, h, 3), descending=True)[:count].tolist() for w, h in problems]
+    factor = Factor.stacked([factorize(h, last=k) for (_, h), k in zip(problems, weak, strict=True)])
+    columns = torch.tensor(weak, dtype=torch.long)
+    found = rounded(torch.stack([w for w, _ in problems]), factor, 3, columns)
+    for i, (weight, hessian) in enumerate(problems):
+        one, other = stored([x[i] for x in found], 3), quantize(weight, hessian, 3, weak[i])
+        assert one.columns == other.columns
+        assert (one.codes == other.codes).mean() > 0.99  # sums in another order may round otherwise
+        np.testing.assert_allclose(one.protected, other.protected, rtol=0.02, atol=1e-3)
+
+
+def fit_of(accounting, weights, hessians):
+    job = SimpleNamespace(
+        model=SimpleNamespace(units=tuple(Unit(n, tuple(w.shape), "F32") for n, w in weights.items()))
+    )
+    return _Fit(job, weights, hessians, {}, accounting == "coded")
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("accounting", ["coded", "published"])
+def test_sizes_of_large_models_are_estimated_from_some_rows(accounting, monkeypatch):
+    problems = {f"{i}": outlier_problem(256, 48, i) for i in range(2)}
+    weights, hessians = ({n: p[i] for n, p in problems.items()} for i in range(2))
+    weights["table"] = weights["0"] * 2
+    monkeypatch.setattr(owq, "_SAMPLED", sum(w.numel() for w in weights.values()) // 3)
+    fit = fit_of(accounting, weights, hessians)
+    assert fit.stride == 3
+    for counts in ({}, dict.fromkeys(hessians, 5)):
+        about, real = (fit.sections(3, 4, counts, estimate=e) for e in (True, False))
+        for name, section in real.items():
+            assert len(about[name].data) == pytest.approx(len(section.data), rel=0.1)
+
+
+def test_as_published_an_estimate_is_the_length_and_rounds_nothing(monkeypatch):
+    weight, hessian = outlier_problem()
+    fit = fit_of("published", {"a": weight}, {"a": hessian})
+    real = fit.sections(3, 3, {"a": 4})
+    monkeypatch.setattr(owq, "rounded", None)
+    assert len(fit.sections(3, 3, {"a": 4}, estimate=True)["a"].data) == len(real["a"].data)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bytecap.errors import CorruptError
-from bytecap.format.coders import Shared, coder, leb, run
-from bytecap.format.coders.packed import BROTLI, CODER, MAX_CODE, ZLIB, Quantized, dequantize
+from bytecap.format.coders import Shared, coder, leb, packed, run
+from bytecap.format.coders.packed import BROTLI, CODER, MAX_CODE, ZLIB, Quantized, compress, dequantize
 
 pytestmark = pytest.mark.coverage
 
@@ -31,6 +31,17 @@ def pack(scales, raw, compression=ZLIB, width=1):
 
     side = press(np.asarray(scales, "<f2").tobytes())
     return bytes([compression, width]) + leb(len(side)) + side + press(raw)
+
+
+def test_pieces_of_large_data_are_compressed_as_the_whole(monkeypatch):
+    matrix = sample(300, 40)
+    small = CODER.encode(matrix, BROTLI)
+    monkeypatch.setattr(packed, "_LARGE", matrix.codes.size - 1)
+    large = CODER.encode(matrix, BROTLI)
+    np.testing.assert_array_equal(decode(large, matrix.codes.shape), decode(small, matrix.codes.shape))
+    raw = np.ascontiguousarray(matrix.codes.T, np.int8).tobytes()
+    assert large.endswith(compress(raw, BROTLI))
+    assert compress(raw[:500], BROTLI, len(raw)) == brotli.compress(raw[:500], quality=10, lgwin=16)
 
 
 def test_is_registered():

@@ -123,7 +123,7 @@ class Companding:
         code, device = self.code, self.weight.device
         sizes = torch.from_numpy(self.groups.sizes).to(device)
         width = self._members.shape[1]
-        step = max(1, _TOGETHER[device.type] // max(1, width))
+        step = max(1, _TOGETHER.get(device.type, _TOGETHER["cpu"]) // max(1, width))
         changed = depths != code.depths
         for depth in np.unique(depths[changed]).tolist():
             one, two = np.nonzero(changed & (depths == depth))

@@ -7,7 +7,8 @@ whose range is fitted without the protected columns by a search over clipped ran
 
 Fitting to the cap: b is the largest whole width that fits, embeddings at most one bit above it. Then every layer
 protects the same share of its columns (so that each spends the same fraction of its bytes), the largest share that
-fits; what is left buys single columns, the most expensive first.
+fits; what is left buys single columns, the most expensive first. Sizes on the way are estimated, beyond 16M weights
+from every so many rows, which do not interact, and real sizes correct the estimate.
 
 Source: Lee et al., OWQ (arXiv:2306.02272); Frantar et al., GPTQ (arXiv:2210.17323), with 1% damping. Chosen here,
 where the paper is silent: its models keep embeddings in 16 bit, here they are inside the budget and are rounded to

@@ -8,7 +8,8 @@ plus that of their gradient variance, cut into equal sets. A group's weights go 
 to uniform codes, scale and offset searched for the least squared error; depth 0 leaves its mean.
 
 Fitting to the cap: the target mean depth R is bisected on the real bytes of the file. Near the end one group at a time
-changes its depth, so what is left is less than the weights of one group in bits. The set size is the one of 64 to 512
+changes its depth, so what is left is less than the weights of one group in bits. Sizes on the way are estimated, beyond
+16M weights from every so many columns, and real sizes correct the estimate. The set size is the one of 64 to 512
 rows with the least predicted distortion at the cap, since a group's scale, offset and depth cost bytes too.
 
 Source: Young, Radio (arXiv:2505.03031). As there, gradients are those of the final hidden states' principal components
@@ -132,6 +133,7 @@ class _Fit:
         spectrum: of all groups.
         samples: the same of large models at a stride of columns, by which sizes are estimated.
         estimates: sections of about the length that samples have as they are.
+        tried: estimated bytes left at mean depths.
     """
 
     job: Job
@@ -142,6 +144,7 @@ class _Fit:
     spectrum: Spectrum = field(init=False)
     samples: dict[str, Companding] = field(init=False)
     estimates: dict[str, Section] = field(default_factory=dict)
+    tried: dict[float, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         stride = -(-sum(p.weight.numel() for p in self.parts.values()) // _SAMPLED)
@@ -204,9 +207,9 @@ class _Fit:
                 found[bias] = Section(EXACT.tag, EXACT.encode(value.float().numpy(), units[bias].dtype))
         return found
 
-    def room(self, *, estimate: bool) -> int:
-        """Return the bytes left of the budget."""
-        return self.job.budget - self.job.size(self.sections(estimate=estimate), b"")
+    def room(self) -> int:
+        """Estimate the bytes left of the budget."""
+        return self.job.budget - self.job.size(self.sections(estimate=True), b"")
 
 
 def bias_names(units: Mapping[str, Unit]) -> dict[str, str]:
@@ -224,8 +227,10 @@ def _bisect(fit: _Fit, room: int) -> float:
     low, high = 0.0, float(MAX_DEPTH)
     for _ in range(_HALVINGS):
         rate = (low + high) / 2
-        fit.try_rate(rate)
-        if fit.room(estimate=True) >= room:
+        if rate not in fit.tried:
+            fit.try_rate(rate)
+            fit.tried[rate] = fit.room()
+        if fit.tried[rate] >= room:
             low = rate
         else:
             high = rate
@@ -240,7 +245,8 @@ def _solve(fit: _Fit) -> tuple[float, dict[str, Section]]:
         BudgetError: depth 0 everywhere does not fit.
     """
     fit.move(0.0)
-    best, left, chosen = fit.sections(estimate=False), fit.room(estimate=False), 0.0
+    best, chosen = fit.sections(estimate=False), 0.0
+    left = fit.job.budget - fit.job.size(best, b"")
     if left < 0:
         floor = fit.job.budget - left
         raise BudgetError(f"radio needs {floor:,} bytes without a single bit, {fit.job.budget:,} are left", floor)
@@ -253,7 +259,7 @@ def _solve(fit: _Fit) -> tuple[float, dict[str, Section]]:
             best, left, chosen = real, room, rate
         if 0 <= room <= max(48, fit.job.budget // _PART):
             break
-        correction = fit.room(estimate=True) - room
+        correction = fit.room() - room
     return chosen, best
 
 
