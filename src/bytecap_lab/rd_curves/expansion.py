@@ -18,7 +18,7 @@ _BLOCK = 2**20  # values whose products are made at a time, so that they stay in
 
 
 class Recovered(NamedTuple):
-    """What a change of one unit recovers, in nats per token.
+    """The nats per token that a change of one unit recovers.
 
     Attributes:
         metric: by the metric around the weights, to which the base's error counts.

@@ -39,7 +39,7 @@ class Pick:
 
     @property
     def choices(self) -> dict[str, Choice]:
-        """What each unit is coded as."""
+        """The choice of every unit, by name."""
         return {n: (path, n, index) for n, (path, index) in self.chosen.items()}
 
     def real(self, operating_point: OperatingPoint) -> dict[str, Real]:
