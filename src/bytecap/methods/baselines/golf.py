@@ -240,27 +240,23 @@ def _bracket(search: StepSearch, room: int, report: Progress) -> tuple[Coded, Co
     """
     fits: tuple[float, Coded] = (math.inf, {})
     over: tuple[float, Coded] = (0.0, {})
-    k, target, margin = search.solve(room, K), float(room), 0.002
+    k, margin = search.solve(room, K), 0.002
     while True:
         found = search.measure(k)
         report(0)
         if total(found) <= room:
-            fits = (k, found)
+            fits, target = (k, found), room * (1 + margin)
             if k <= _FINEST * 1.001:
                 return found, {}, k
-            target = max(target, room) * (1 + margin)
         else:
-            over = (k, found)
+            over, target = (k, found), room * (1 - margin)
             if k >= _COARSEST * 0.999:
                 raise BudgetError(f"golf needs {total(found):,} bytes at its coarsest, {room:,} are left", total(found))
-            target = min(target, room) * (1 - margin)
-        if fits[1] and over[1]:
-            if fits[0] <= over[0] * _CLOSE:
-                return fits[1], over[1], over[0]
+        if fits[1] and over[1] and fits[0] <= over[0] * _CLOSE:
+            return fits[1], over[1], over[0]
+        k, margin = search.solve(target, k), 2 * margin
+        if fits[1] and over[1] and not over[0] < k < fits[0]:
             k = math.sqrt(fits[0] * over[0])
-        else:
-            k = search.solve(target, k)
-            margin *= 2
 
 
 def golf_sections(

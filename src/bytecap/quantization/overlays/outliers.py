@@ -23,6 +23,7 @@ from bytecap.quantization.overlays import Applied, UnitProblem
 from bytecap.quantization.overlays.protect import Amount, Score, Stored, protected, round_vector, scores
 
 _SHARES = (4096, 2048, 1024, 512, 256, 128, 64, 32)  # one weight in so many
+_TOGETHER = 2**22  # entries of metrics that are solved together
 
 
 class Outliers:
@@ -63,10 +64,16 @@ class Outliers:
         row, column = np.divmod(index, problem.weight.shape[1])
         wanted = problem.weight.reshape(-1)[torch.from_numpy(index)].double()
         begin = np.flatnonzero(np.diff(row, prepend=-1))
-        for start, end in zip(begin, [*begin[1:], len(index)], strict=True):
-            chosen = torch.from_numpy(column[start:end])
-            metric = problem.hessian[chosen][:, chosen]
-            wanted[start:end] -= torch.linalg.solve(metric, pull[int(row[start]), chosen])
+        counts = np.diff(np.append(begin, len(index)))
+        for count in np.unique(counts):  # rows with as many are solved together
+            starts = begin[counts == count]
+            most = max(1, _TOGETHER // int(count) ** 2)
+            for some in np.split(starts, range(most, len(starts), most)):
+                places = torch.from_numpy(some[:, None] + np.arange(count))
+                chosen = torch.from_numpy(column)[places]
+                metric = problem.hessian[chosen[:, :, None], chosen[:, None, :]]
+                pulled = pull[torch.from_numpy(row[some])[:, None], chosen]
+                wanted[places] -= torch.linalg.solve(metric, pulled)
         return wanted
 
 
