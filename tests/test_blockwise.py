@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -373,3 +374,16 @@ def test_samples_need_a_model_in_memory(pair):
     _, streamed = pair()
     with pytest.raises(UsageError, match="in memory"):
         sampled(streamed, 10, window=8, seed=0, device="cpu", reporter=Silent())
+
+
+def test_thresholds_of_nested_work_come_back(monkeypatch):
+    asked = {}
+    library = SimpleNamespace(mallopt=asked.__setitem__)
+    monkeypatch.setattr(allocator, "_library", lambda: library)
+    monkeypatch.setattr(allocator, "_sparing", True)
+    with allocator.no_holes():
+        outer = dict(asked)
+        with allocator.no_holes(2**20):
+            assert set(asked.values()) == {2**20}
+        assert asked == outer
+    assert min(asked.values()) > 2**20

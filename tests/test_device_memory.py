@@ -142,9 +142,11 @@ def test_a_job_is_bounded_where_its_need_is_known(model_directory, monkeypatch, 
         assert gpu.fraction == (1.0 if most is None else pytest.approx(most / 100e9, rel=0.01))
         assert (found == "streamed") == (most == LEAST)
     assert gpu.fraction == 1.0
-    assert [n for n in told.notes if "reserves at most" in n] == (
-        [] if most is None else [f"torch reserves at most {most / 1e9:.1f} GB of the GPU"]
-    )
+    says = [n for n in told.notes if "reserves at most" in n]
+    assert len(says) == (most is not None)
+    for note in says:
+        assert note.startswith(f"torch reserves at most {most / 1e9:.1f} GB of the GPU")
+        assert ("more than --memory" in note) == (most == LEAST)
 
 
 def test_a_model_that_cannot_be_streamed_is_not_bounded(model_directory, monkeypatch):

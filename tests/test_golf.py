@@ -285,6 +285,8 @@ def test_lengths_under_brotli_are_guessed_from_some_columns(monkeypatch):
     alike = Quantized(np.rint(3 * rng.normal(size=(1024, 300))).astype(np.int8), np.ones(1024, np.float16))
     assert guessed_length(alike) > len(BANDS.encode(alike))
     assert smallest(alike).data == BANDS.encode(alike)
+    monkeypatch.setattr(golf_coders, "sorted_rows", lambda _: pytest.fail("rows are sorted where brotli was left out"))
+    assert smallest(alike).tag == BANDS.tag
 
 
 def test_trials_take_guesses_for_large_matrices(monkeypatch):

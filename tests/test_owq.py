@@ -126,6 +126,13 @@ def test_fit_is_under_the_cap(model_directory, model, budget, kl):
     assert result.report["kl_nats"] < kl
 
 
+def test_a_share_is_sought_again_where_an_estimate_of_some_rows_is_too_high(demo, monkeypatch):
+    """Half a percent of the budget stayed empty where the first share that fitted was kept."""
+    monkeypatch.setattr(owq, "_SAMPLED", 170_000)
+    result = bytecap.fit(demo, 599_256, method="owq", tokens=2048, evaluation_tokens=512)
+    assert result.report["slack_bytes"] <= 599_256 // 500
+
+
 def test_unknown_accounting_is_refused():
     assert coded({})
     assert not coded({"accounting": "published"})

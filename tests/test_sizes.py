@@ -1,7 +1,7 @@
 """Splits of items by their sizes: order stays, nothing is lost, parts are as even as items allow."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bytecap.sizes import in_groups, in_parts
@@ -14,6 +14,8 @@ def joined(parts):
     return [item for part in parts for item in part]
 
 
+@example([1, 0], 1, False)
+@example([0, 1], 1, True)
 @given(SIZES, st.integers(1, 50), st.booleans())
 def test_parts_keep_order_and_are_no_more_than_wanted(sizes, most, fill):
     parts = in_parts(list(enumerate(sizes)), lambda item: item[1], most, fill=fill)

@@ -148,6 +148,7 @@ def in_parts(items: Sequence[T], size: Callable[[T], int], most: int, *, fill: b
     for item in items:
         middle = (2 * held + size(item)) * most
         at = min((middle - 1) // twice, number + 1) if fill else middle // twice
+        at = max(0, min(at, most - 1))  # items of no size stand at the ends
         if not parts or at > number:
             parts.append([])
             number = at

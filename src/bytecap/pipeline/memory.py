@@ -44,7 +44,7 @@ _BASE = {"cpu": 700_000_000, "cuda": 3_000_000_000}
 _STREAMED = {OURS, "gguf"}  # formats
 _A_VALUE = 4  # bytes a parameter that a model takes to be scored
 _SPARE = 8  # of a GPU's memory, one part for what is reserved and not in use
-_NO = "its driver has no segments that grow"
+_NO = "the driver or this torch has no segments that grow"
 _BLOCKS = 8  # times the largest block and what is outside the chain, in float32, that a streamed fit takes
 
 
@@ -123,9 +123,11 @@ def opened(
         yield model
         return
     found, most = _open(model, config, device, reporter, begin)
+    limit = limit_of(config.memory, device)
     with bounded(most) as holds:
         if most is not None:
             says = f"torch reserves at most {most / 1e9:.1f} GB of the GPU"
+            says += ", the least that this model needs, which is more than --memory" if most > (limit or most) else ""
             reporter.note(says if holds else f"torch may reserve more of the GPU than --memory says: {_NO}")
         try:
             yield found

@@ -25,7 +25,7 @@ _UNDER_LIMITS = ("could not create a primitive", "find/load shared object", "fai
 BOUND = "a fit needs 4 x the model's float32 size + 700 MB, see docs/trust.md"
 _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # malloc.h
 _SMALL, _LARGE = 1 << 17, 1 << 25  # the largest threshold glibc reaches by itself
-_sparing, _within = True, 0
+_sparing, _within = True, list[int]()
 
 
 @cache
@@ -52,19 +52,22 @@ def no_holes(least: int = _SMALL) -> Iterator[None]:
     For work that keeps many blocks of changing size alive: 13% slower passes, but no holes between blocks. Passes with
     gradients are 40% slower so, and as fast as before with blocks of a MiB and more.
     """
-    global _within  # noqa: PLW0603 (one allocator a process)
     wanted = _sparing and _library() is not None
     if wanted:
-        _within += 1
-        _library().mallopt(_MMAP_THRESHOLD, least)
-        _library().mallopt(_TRIM_THRESHOLD, least)
+        _within.append(least)
+        _thresholds(least, least)
     try:
         yield
     finally:
-        _within -= wanted
-        if wanted and not _within:
-            _library().mallopt(_MMAP_THRESHOLD, _LARGE)
-            _library().mallopt(_TRIM_THRESHOLD, 2 * _LARGE)
+        if wanted:
+            _within.remove(least)
+            _thresholds(*([_within[-1]] * 2 if _within else (_LARGE, 2 * _LARGE)))
+
+
+def _thresholds(own_pages: int, trim: int) -> None:
+    """Set the bytes from which a block has pages of its own, and from which free ones at the end go back."""
+    _library().mallopt(_MMAP_THRESHOLD, own_pages)
+    _library().mallopt(_TRIM_THRESHOLD, trim)
 
 
 def release() -> None:

@@ -17,6 +17,7 @@ import torch
 
 _PROBE = 2**25  # bytes, for which a segment of its own is made
 _OPTION = "expandable_segments"
+_READ = "_accelerator_getAllocatorSettings"  # of newer versions; what it gives is set again
 
 
 def allowed(device: torch.device) -> int:
@@ -35,9 +36,11 @@ def bounded(most: int | None) -> Iterator[bool]:
         most: bytes; None bounds nothing.
 
     Yields:
-        Whether the bound holds: not without one, and not where segments cannot grow by pages.
+        Whether the bound holds: not without one, and not where segments cannot grow by pages or torch does not
+        say which settings the user has made.
     """
-    if most is None or not hasattr(torch.cuda, "get_per_process_memory_fraction"):
+    known = hasattr(torch.cuda, "get_per_process_memory_fraction") and hasattr(torch._C, _READ)  # noqa: SLF001
+    if most is None or not known:
         yield False
         return
     with _growing() as grows:
@@ -74,7 +77,7 @@ def _growing() -> Iterator[bool]:
 def _settings() -> tuple[Callable[[str], Any], str]:
     """Return what changes the settings of the allocator, by torch's name of the day, and the settings."""
     write = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # noqa: SLF001
-    read: Callable[[], str] = getattr(torch._C, "_accelerator_getAllocatorSettings", str)  # noqa: SLF001
+    read: Callable[[], str] = getattr(torch._C, _READ)  # noqa: SLF001
     return write or torch.cuda.memory._set_allocator_settings, read()  # noqa: SLF001
 
 

@@ -227,7 +227,7 @@ def _golf_round(problem: UnitProblem, factor: Factor | None, k: float) -> Rounde
 
 
 def golf_k(problems: Mapping[str, UnitProblem], embeddings: frozenset[str], room: float) -> float:
-    """The `k` at which the matrices take a little less than `room` bytes, calibrated on real sizes once.
+    """The `k` at which the matrices take a little less than `room` bytes.
 
     Args:
         problems: by unit name.

@@ -21,6 +21,7 @@ from bytecap.format.wire.shared_objects import LIST_ENTRY
 from bytecap.job import Section
 from bytecap.progress import Advance
 from bytecap.quantization.overlays import Applied, Overlay, check_names, overlays, thinned
+from bytecap.sizes import in_groups
 from bytecap.system.cache import Store, digest
 from bytecap_lab.rd_curves.base import Base, Rounded
 from bytecap_lab.rd_curves.expansion import Expansion
@@ -31,6 +32,7 @@ EXPANSION = (
     0.2  # weight of the expansion in `OverlayCandidate.alone`; the metric's forecast has the rest (LOG.md, 2026-11-22)
 )
 STEP, COARSER = "step", "coarser"
+_TOGETHER = 2**27  # weights that are priced side by side, at some 20 bytes each
 Choice = tuple[str, str, int]  # path, unit and index of the setting
 STEPS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # octaves finer
 COARSE = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 3.0)  # octaves coarser
@@ -198,7 +200,8 @@ def candidates(
         else:
             found[name] = [OverlayCandidate(**o) for o in kept]
             advance(1)
-    found |= _promises(operating_point, path, missing, advance, most_settings)
+    for group in in_groups(missing, lambda n: operating_point.base.problems[n].unit.parameters, _TOGETHER):
+        found |= _promises(operating_point, path, group, advance, most_settings)
     for name in missing:
         store.put(keys[name], [asdict(o) for o in found[name]])
     return {n: found[n] for n in names}

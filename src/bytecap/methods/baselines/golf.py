@@ -132,7 +132,7 @@ class StepSearch:
         factors: of the linear layers; the others are rounded to nearest.
         power: `embedding_power`.
         write: makes sections.
-        overhead: real over estimated size, from the last real one.
+        overhead: coded over estimated size, from the last coding (large tables guessed).
         excess: real over guessed size of large matrices, where a guess was too low.
     """
 

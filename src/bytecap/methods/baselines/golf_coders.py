@@ -85,8 +85,8 @@ def smallest(matrix: Quantized, about: bool = False) -> Section:
     found = [banded]
     if matrix.codes.size < _GUESSED or guessed_length(matrix) <= _SURE * len(banded.data):
         found.insert(0, with_brotli(matrix, about))
-    rows, cols = matrix.codes.shape
-    if rows <= _SORTED_ROWS and (rows > 4 * cols or len(found[0].data) <= len(banded.data)):
+    (rows, cols), wins = matrix.codes.shape, found[0] is not banded and len(found[0].data) <= len(banded.data)
+    if rows <= _SORTED_ROWS and (rows > 4 * cols or wins):
         found.append(sorted_rows(matrix))
     return min(found, key=lambda s: len(s.data))
 

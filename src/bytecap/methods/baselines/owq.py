@@ -43,6 +43,7 @@ from bytecap.job import Job, Outcome, Section
 from bytecap.methods.baselines.gptq import Factor, factorize, feedback, reciprocal
 from bytecap.methods.baselines.runs import matrices, second_moments
 from bytecap.methods.baselines.uniform import exact_sections
+from bytecap.methods.rate_control import allowed_slack
 from bytecap.quantization.ahead import of_one_shape
 
 _RANGES = 40  # clipped ranges tried for a row, down to a fifth of the whole one
@@ -294,8 +295,11 @@ def _widths(fit: _Fit) -> tuple[int, int]:
 
 
 def _share(fit: _Fit, width: int, other: int) -> dict[str, int]:
-    """Return every layer's protected columns at the largest share that fits, by estimates and then real bytes."""
-    correction = 0  # estimated less real room
+    """Return every layer's protected columns at the largest share that fits, by estimates and then real bytes.
+
+    Where estimates are those of some rows they may be too high as well as too low, so the share is sought again there.
+    """
+    correction, best = 0, (math.inf, fit.counts(0.0))  # estimated less real room; real room and what leaves it
     for _ in range(_REPAIRS):
         low, high = 0.0, 1.0
         for _ in range(_HALVINGS):
@@ -306,10 +310,13 @@ def _share(fit: _Fit, width: int, other: int) -> dict[str, int]:
                 high = share
         counts = fit.counts(low)
         room = fit.room(fit.sections(width, other, counts))
-        if room >= 0:
-            return counts
-        correction = fit.room(fit.sections(width, other, counts, estimate=True)) - room
-    return fit.counts(0.0)
+        if 0 <= room < best[0]:
+            best = room, counts
+        before, correction = correction, fit.room(fit.sections(width, other, counts, estimate=True)) - room
+        enough = room <= allowed_slack(fit.job.budget) or correction == before
+        if room >= 0 and (fit.stride == 1 or enough):
+            break
+    return best[1]
 
 
 def _spend(fit: _Fit, width: int, other: int, counts: dict[str, int]) -> dict[str, Section]:
