@@ -164,7 +164,9 @@ def test_a_driver_without_such_segments_is_said(model_directory, monkeypatch):
     gpu, told = Gpu(monkeypatch, grows=False), Told()
     with memory.opened(model_directory("rotary"), FitConfig(10**9, memory="24GB"), "cuda", told, None):
         assert gpu.fraction == 1.0
-    assert told.notes == ["torch may reserve more of the GPU than --memory says: the driver or this torch has no segments that grow"]
+    assert told.notes == [
+        "torch may reserve more of the GPU than --memory says: the driver or this torch has no segments that grow"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,12 @@ def test_docstrings_say_what_they_describe_at_once():
     assert [str(p.relative_to(ROOT)) for p in sources if beginning.search(p.read_text("utf-8"))] == []
 
 
+def test_no_page_holds_what_a_merge_left_open():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    left = re.compile(r"^(<{7} |>{7} )", re.MULTILINE)
+    assert [str(p.relative_to(ROOT)) for p in pages if left.search(p.read_text("utf-8"))] == []
+
+
 def test_the_log_has_short_lines_and_dated_titles():
     lines = (ROOT / "LOG.md").read_text("utf-8").splitlines()
     assert [i for i, line in enumerate(lines, 1) if len(line) > 120 and not line.startswith("|")] == []
