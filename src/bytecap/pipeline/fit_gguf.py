@@ -83,7 +83,7 @@ def fit_gguf_configs(
     menu, device, _ = parse_types(first.types), choose_device(first.device), effort_of(first.recover)
     library()
     told = reporter_for(first.reporter, first.progress)
-    with memory.opened(model, first, device, told, None) as loaded:
+    with memory.opened(model, replace(first, format=first.format or "gguf"), device, told, None) as loaded:
         path = first.template
         template = None if path is None else read_template(Path(path), loaded, quantized=quantized)
         found: list[RuntimeModel] = []

@@ -159,14 +159,15 @@ def _open(
         limit //= ranks.on_host
     directory, most = resolve(model), None
     if limit is not None and directory.suffix != gguf_file.SUFFIX:
-        headers, reason = _headers(directory, allow), _reason(config)
+        headers, bounds = _headers(directory, allow), config.memory is not None and device == "cuda"
         wanted = needs_streaming(_parameters(headers), device, limit) or (
             config.memory is None
             and device == "cuda"
             and _HOST * _parameters(headers) > (free("cpu") or math.inf) / ranks.on_host
         )
         wanted = ranks.from_first(partial(bool, wanted))  # hosts may differ in what is free
-        if config.memory is not None and device == "cuda" and reason is None and format_of(config) == OURS:
+        reason = _reason(config) if wanted or bounds else None
+        if bounds and reason is None and format_of(config) == OURS:
             most = max(limit, _need(headers, device)) if wanted else limit
         if wanted and reason is None:
             kept = Scratch(_beside(config), *_room(headers, device, limit, ranks.on_host))
