@@ -126,6 +126,7 @@ def test_fit_is_under_the_cap(model_directory, model, budget, kl):
     assert result.report["kl_nats"] < kl
 
 
+@pytest.mark.nightly
 def test_a_share_is_sought_again_where_an_estimate_of_some_rows_is_too_high(demo, monkeypatch):
     """Half a percent of the budget stayed empty where the first share that fitted was kept."""
     monkeypatch.setattr(owq, "_SAMPLED", 170_000)
