@@ -123,10 +123,10 @@ def opened(
         yield model
         return
     found, most = _open(model, config, device, reporter, begin)
-    limit = limit_of(config.memory, device)
     with bounded(most) as holds:
         if most is not None:
             says = f"torch reserves at most {most / 1e9:.1f} GB of the GPU"
+            limit = limit_of(config.memory, device)
             says += ", the least that this model needs, which is more than --memory" if most > (limit or most) else ""
             reporter.note(says if holds else f"torch may reserve more of the GPU than --memory says: {_NO}")
         try:

@@ -312,9 +312,10 @@ def _share(fit: _Fit, width: int, other: int) -> dict[str, int]:
         room = fit.room(fit.sections(width, other, counts))
         if 0 <= room < best[0]:
             best = room, counts
+        if room >= 0 and (fit.stride == 1 or room <= allowed_slack(fit.job.budget)):
+            break
         before, correction = correction, fit.room(fit.sections(width, other, counts, estimate=True)) - room
-        enough = room <= allowed_slack(fit.job.budget) or correction == before
-        if room >= 0 and (fit.stride == 1 or enough):
+        if room >= 0 and correction == before:
             break
     return best[1]
 
