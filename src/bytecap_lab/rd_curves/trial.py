@@ -23,6 +23,7 @@ from bytecap.progress import Advance
 from bytecap.quantization.overlays import Applied, Overlay, check_names, overlays, thinned
 from bytecap.sizes import in_groups
 from bytecap.system.cache import Store, digest
+from bytecap.system.threads import in_threads
 from bytecap_lab.rd_curves.base import Base, Rounded
 from bytecap_lab.rd_curves.expansion import Expansion
 from bytecap_lab.rd_curves.operating_point import MOST_SETTINGS, OperatingPoint
@@ -165,10 +166,13 @@ def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Ro
         return {n: (r, None) for n, r in zip(wanted, found, strict=True)}
     method: Overlay = overlays()[path]
     below = base.round([method.before(base.problems[n], s) for n, s in wanted.items()], 0.0)
-    return {
-        n: (r, method.after(base.problems[n], r.values.clone(), s))
-        for (n, s), r in zip(wanted.items(), below, strict=True)
-    }
+
+    def over(item: tuple[tuple[str, Any], Rounded]) -> tuple[Rounded, Applied]:
+        (name, setting), rounded = item
+        return rounded, method.after(base.problems[name], rounded.values.clone(), setting)
+
+    layers = in_threads(over, list(zip(wanted.items(), below, strict=True)))  # most of it is brotli
+    return dict(zip(wanted, layers, strict=True))
 
 
 def candidates(
@@ -264,10 +268,10 @@ def realise(operating_point: OperatingPoint, wanted: Iterable[Choice]) -> dict[C
     """
     base, choices = operating_point.base, list(dict.fromkeys(wanted))
     units, found = {n: base.problems[n].unit for _, n, _ in choices}, dict[Choice, Real]()
-    for path, name, index in choices:
-        if path in recodings():
-            recoded = coded(base, path, {name: (index, ladder(path, base, name)[index])})
-            r, values = recoded[name], values_of(base, recoded)[name]
+    for (path, index), names in _alike([c for c in choices if c[0] in recodings()]).items():
+        recoded = coded(base, path, {n: (index, ladder(path, base, n)[index]) for n in names})
+        for name in names:  # decoded one by one: units may read different objects of one number
+            r, values = recoded[name], values_of(base, {name: recoded[name]})[name]
             found[path, name, index] = Real(r.section, values.numpy(), r.side, r.share, r.objects)
     tried = _tried(operating_point, [c for c in choices if c not in found])
     below = base.sections([r for r, _ in tried.values()])
@@ -285,8 +289,15 @@ def realise(operating_point: OperatingPoint, wanted: Iterable[Choice]) -> dict[C
 def _tried(operating_point: OperatingPoint, choices: Sequence[Choice]) -> dict[Choice, tuple[Rounded, Applied | None]]:
     """Return base coding and layer of choices that are no recodings; what shares a setting is rounded together."""
     base, found = operating_point.base, dict[Choice, tuple[Rounded, Applied | None]]()
-    for path, index in dict.fromkeys((p, i) for p, _, i in choices):
-        names = [n for p, n, i in choices if (p, i) == (path, index)]
+    for (path, index), names in _alike(choices).items():
         mine = {n: ladder(path, base, n, operating_point.most_settings)[index] for n in names}
         found |= {(path, n, index): t for n, t in _try(base, path, mine).items()}
     return {c: found[c] for c in choices}
+
+
+def _alike(choices: Sequence[Choice]) -> dict[tuple[str, int], list[str]]:
+    """Return the units of every path and index."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for path, name, index in choices:
+        found.setdefault((path, index), []).append(name)
+    return found

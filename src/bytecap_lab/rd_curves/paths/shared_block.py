@@ -17,6 +17,7 @@ from bytecap.format.coders.base import CODER
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.job import Section
 from bytecap.quantization.overlays.lowrank import OVERLAY, Rank
+from bytecap.system.threads import in_threads
 from bytecap_lab.rd_curves.base import Base
 from bytecap_lab.rd_curves.paths import Recoded, Recoding, roles
 
@@ -53,15 +54,16 @@ class SharedBlock:
 
     def code(self, base: Base, wanted: Mapping[str, Borrowed]) -> dict[str, Recoded]:
         """Refer to the source, and fit the difference."""
-        found = {}
-        for name, s in wanted.items():
-            below, section, side = base.units[s.source].values, Section(CODER.tag, b""), 0
-            if s.rank:
-                layer = OVERLAY.after(base.problems[name], below.clone(), Rank(s.rank, 8))
-                section = Section(STACK.tag, STACK.encode((CODER.tag, b""), [(layer.tag, layer.data)]))
-                side = layer.side
-            found[name] = Recoded(section, side=side, below=below)
-        return found
+        return dict(zip(wanted, in_threads(lambda item: _code(base, *item), list(wanted.items())), strict=True))
+
+
+def _code(base: Base, name: str, s: Borrowed) -> Recoded:
+    below, section, side = base.units[s.source].values, Section(CODER.tag, b""), 0
+    if s.rank:
+        layer = OVERLAY.after(base.problems[name], below.clone(), Rank(s.rank, 8))
+        section = Section(STACK.tag, STACK.encode((CODER.tag, b""), [(layer.tag, layer.data)]))
+        side = layer.side
+    return Recoded(section, side=side, below=below)
 
 
 RECODINGS: tuple[Recoding, ...] = (SharedBlock(),)

@@ -22,6 +22,7 @@ from bytecap.methods.baselines.gptq import factorize, feedback
 from bytecap.quantization.overlays import UnitProblem
 from bytecap.quantization.overlays.columns import OVERLAY as COLUMNS
 from bytecap.quantization.overlays.protect import Amount, scores
+from bytecap.system.threads import in_threads
 from bytecap_lab.rd_curves.base import Base
 from bytecap_lab.rd_curves.paths import Recoded, Recoding
 
@@ -68,20 +69,20 @@ class Signs:
 
     def code(self, base: Base, wanted: Mapping[str, Amount]) -> dict[str, Recoded]:
         """Code signs, then the columns over them."""
-        found = {}
-        for name, amount in wanted.items():
-            problem = base.problems[name]
-            rows, cols = problem.unit.matrix_shape
-            below = COLUMNS.before(problem, amount) if amount.count else problem
-            data = CODER.encode(signs(below, self.levels, amount.index.tolist()))
-            section, side = Section(CODER.tag, data), 2 * rows
-            if amount.count:
-                values = run([CODER.decode(data, (rows, cols), problem.unit.dtype, Shared())])[0]
-                layer = COLUMNS.after(problem, torch.from_numpy(values), amount)
-                section = Section(STACK.tag, STACK.encode((CODER.tag, data), [(layer.tag, layer.data)]))
-                side += layer.side
-            found[name] = Recoded(section, side=side, share=amount.count / cols)
-        return found
+        return dict(zip(wanted, in_threads(lambda item: self._code(base, *item), list(wanted.items())), strict=True))
+
+    def _code(self, base: Base, name: str, amount: Amount) -> Recoded:
+        problem = base.problems[name]
+        rows, cols = problem.unit.matrix_shape
+        below = COLUMNS.before(problem, amount) if amount.count else problem
+        data = CODER.encode(signs(below, self.levels, amount.index.tolist()))
+        section, side = Section(CODER.tag, data), 2 * rows
+        if amount.count:
+            values = run([CODER.decode(data, (rows, cols), problem.unit.dtype, Shared())])[0]
+            layer = COLUMNS.after(problem, torch.from_numpy(values), amount)
+            section = Section(STACK.tag, STACK.encode((CODER.tag, data), [(layer.tag, layer.data)]))
+            side += layer.side
+        return Recoded(section, side=side, share=amount.count / cols)
 
 
 RECODINGS: tuple[Recoding, ...] = (Signs("binary", 2), Signs("ternary", 3))
