@@ -124,12 +124,10 @@ def _tune(
     steps: int,
 ) -> None:
     """Tune one block; it ends with the best parameters seen."""
-    groups = [{"params": [t], "lr": p.rate(t)} for p in parts.values() for t in p.tensors]
     leaves = [t for p in parts.values() for t in p.tensors]
     if not leaves:
         return
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - 0.9 * step / max(1, steps))
+    optimizer, schedule = _adamw(leaves, [p.rate(t) for p in parts.values() for t in p.tensors], steps)
 
     def total() -> float:
         with torch.no_grad():
@@ -147,6 +145,15 @@ def _tune(
         with torch.no_grad():
             for t, old in zip(leaves, kept, strict=True):
                 t.copy_(old)
+
+
+def _adamw(
+    leaves: Sequence[Tensor], rates: Sequence[float], steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Return AdamW with a rate for every leaf, and the schedule that takes all rates down to a tenth."""
+    groups = [{"params": [t], "lr": r} for t, r in zip(leaves, rates, strict=True)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - 0.9 * step / max(1, steps))
 
 
 def recover(job: Job, parts: Mapping[str, Part], *, steps: int) -> set[str]:
@@ -211,10 +218,7 @@ def whole(job: Job, parts: Mapping[str, Part], common: Sequence[Tensor], *, step
     leaves = [*common, *(t for p in parts.values() for t in p.tensors)]
     rates = [RATE * float(t.detach().std(correction=0)) for t in common]
     rates += [p.rate(t) for p in parts.values() for t in p.tensors]
-    optimizer = torch.optim.AdamW(
-        [{"params": [t], "lr": r / 4} for t, r in zip(leaves, rates, strict=True)], betas=(0.9, 0.95), weight_decay=0.0
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - 0.9 * step / max(1, steps))
+    optimizer, schedule = _adamw(leaves, [r / 4 for r in rates], steps)
     prepared = list(batches(leading(job.sets.statistics, TOKENS), batch_tokens(1024)))
 
     def score() -> float:
