@@ -37,7 +37,7 @@ from bytecap.format import updates
 from bytecap.format.decoder import from_matrix
 from bytecap.job.base import Installed
 from bytecap.job.config import FitConfig
-from bytecap.model.checkpoint import Model, as_matrix, load_checkpoint
+from bytecap.model.checkpoint import Model, load_checkpoint
 from bytecap.model.evaluation import by_window, kl_to
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import encoder, load_sets
@@ -45,6 +45,7 @@ from bytecap.model.texts import TokenSets, load_text
 from bytecap.model.uncertainty import ratio_stderr
 from bytecap.pipeline.stages import fit_sets
 from bytecap.progress import Bars
+from bytecap.types import as_matrix
 from common import parser, record, texts
 
 WINDOW, BATCH = 256, 8  # of fine-tuning

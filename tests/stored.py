@@ -3,7 +3,7 @@
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.container import Contents, FileSection, UnitSection
 from bytecap.format.sidefiles import packing
-from bytecap.model.checkpoint import as_matrix
+from bytecap.types import as_matrix
 
 
 def contents_of(model):

@@ -5,7 +5,6 @@ import torch
 
 from bytecap.allocation.asymmetric_targets import order_of
 from bytecap.job.effort import Effort
-from bytecap.model.checkpoint import as_matrix
 from bytecap.model.quantized_copy import copy_of
 from bytecap.pipeline import fit_directory as directories
 from bytecap.recovery.group_walk import GroupWalk
@@ -13,6 +12,7 @@ from bytecap.recovery.kl_passes import Passes
 from bytecap.recovery.loop import Clock
 from bytecap.runtimes.gguf import recoding, tuning
 from bytecap.runtimes.gguf.recoding import BlockUnits, code_anew
+from bytecap.types import as_matrix
 from conftest import SMALL
 
 pytestmark = pytest.mark.slow

@@ -14,14 +14,13 @@ from torch import nn
 from bytecap import CheckpointError
 from bytecap.format.decoder import from_matrix
 from bytecap.model.checkpoint import (
-    as_matrix,
     demo_directory,
     find_units,
     load_checkpoint,
     resolve,
 )
 from bytecap.model.fileset import check_safetensors, weight_files
-from bytecap.types import Unit
+from bytecap.types import Unit, as_matrix
 from conftest import KINDS, build, save
 
 

@@ -9,8 +9,8 @@ from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.format.coders.vector import CODER as VECTOR
 from bytecap.methods import METHODS
 from bytecap.methods.baselines import shared_codewords
-from bytecap.model.checkpoint import as_matrix, find_units
-from bytecap.types import Unit
+from bytecap.model.checkpoint import find_units
+from bytecap.types import Unit, as_matrix
 
 
 class Experts(nn.Module):

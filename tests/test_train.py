@@ -15,12 +15,13 @@ from bytecap.allocation.planner import Planner
 from bytecap.calibration.metric import Metric
 from bytecap.format.ledger import total
 from bytecap.job import Section
-from bytecap.model.checkpoint import as_matrix, load_checkpoint
+from bytecap.model.checkpoint import load_checkpoint
 from bytecap.model.module import model_of
 from bytecap.quantization.options import Options
 from bytecap.quantization.quantizer import prepare
 from bytecap.quantization.rules import initial_rules
 from bytecap.reference import decode_file
+from bytecap.types import as_matrix
 from bytecap_lab import train
 from bytecap_lab.train import PQuantLinear, estimate
 from bytecap_lab.train.convert import RoundedInputLinear

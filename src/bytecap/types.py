@@ -1,4 +1,4 @@
-"""Define the nouns of bytecap as frozen dataclasses without logic.
+"""Define the nouns of bytecap as frozen dataclasses, almost without logic.
 
 `Unit` is a stored tensor, `Point` one way to store it, `Curve` all measured ways, `Plan` the choice made for
 every unit, `Score` what an evaluation found. Everything else in the package turns one of these into another.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+_Values = TypeVar("_Values", bound=Any)  # an array or a tensor
 
 Bytes = bytes | memoryview
 """Bytes of a file that are read, not kept: a view spares the copy."""
@@ -52,6 +54,14 @@ class Unit:
         one = self.shape[-1 if self.stacked else 0]
         other = self.parameters // one if one else 0
         return (other, one) if self.stacked != self.transposed else (one, other)
+
+
+def as_matrix(unit: Unit, values: _Values) -> _Values:
+    """Return a stored array or tensor as coders see it, (rows, cols)."""
+    rows, cols = unit.matrix_shape
+    turned = unit.transposed and len(unit.shape) >= 2
+    found: _Values = values.reshape(cols, rows).T if turned else values.reshape(rows, cols)
+    return found
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,6 @@ from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.job import Job, Section
 from bytecap.job.section import StoredSection
-from bytecap.model.checkpoint import as_matrix
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.progress import Advance, warn
 from bytecap.quantization.options import Options
@@ -39,7 +38,7 @@ from bytecap.quantization.rules import Rules, initial_rules
 from bytecap.quantization.stored import HeldSample, Sample, StoredPrepared, keeper
 from bytecap.system import allocator
 from bytecap.system.scratch import Scratch
-from bytecap.types import Unit
+from bytecap.types import Unit, as_matrix
 
 TABLES_GUESS = 700  # bytes of the tables section before it exists
 _LARGE = 2**28  # parameters from which a model is rounded as rarely as can be; smaller ones keep their bytes

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from bytecap.calibration.triangle import Triangle
 from bytecap.job import Job
-from bytecap.model.checkpoint import as_matrix
 from bytecap.quantization.quantizer import Prepared
-from bytecap.types import Unit
+from bytecap.types import Unit, as_matrix
 
 
 def shared_matrices(

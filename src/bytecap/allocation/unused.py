@@ -25,11 +25,10 @@ from bytecap.format.coders import Shared, coder, run
 from bytecap.format.coders.base import CODER as BASE
 from bytecap.format.coders.exact import CODER as EXACT
 from bytecap.job import Job, Section
-from bytecap.model.checkpoint import as_matrix
 from bytecap.progress import warn
 from bytecap.quantization.quantizer import Prepared
 from bytecap.quantization.short_floats import section
-from bytecap.types import Unit
+from bytecap.types import Unit, as_matrix
 
 CHOICES = ("keep", "drop")
 _MANTISSA_BITS = 5

@@ -29,7 +29,6 @@ from bytecap.calibration import divided
 from bytecap.calibration.embedding_gradients import looked_up
 from bytecap.calibration.sums import Leaves, Statistics, Sums
 from bytecap.model.batches import Batch
-from bytecap.model.checkpoint import as_matrix
 from bytecap.model.determinism import in_order
 from bytecap.model.fisher import fisher_change
 from bytecap.model.forward import (
@@ -49,7 +48,7 @@ from bytecap.model.oom_retry import halving
 from bytecap.model.texts import Window
 from bytecap.system.allocator import no_holes, release
 from bytecap.system.ranks import ALONE, Ranks
-from bytecap.types import Unit
+from bytecap.types import Unit, as_matrix
 
 _OWN_PAGES = 2**20  # bytes of blocks that leave no holes: as fast as larger ones, with 100 MiB less on base-s1
 

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from bytecap.calibration.collectors import Collector, Diagonal, Sink, Use
 from bytecap.calibration.embedding_gradients import Lookup
-from bytecap.model.checkpoint import as_matrix
 from bytecap.model.hook_coverage import is_matrix, shrunk_moment
 from bytecap.model.linears import linear_weights
 from bytecap.model.streaming import Streamed
 from bytecap.system.ranks import Ranks, owners
-from bytecap.types import Unit
+from bytecap.types import Unit, as_matrix
 
 
 class PartSums:

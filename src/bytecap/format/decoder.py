@@ -26,7 +26,7 @@ from bytecap.format.entropy.rans import Stream, escape_bytes
 from bytecap.format.entropy.shared_tables import load_shared
 from bytecap.format.wire.shared_objects import load_objects
 from bytecap.sizes import in_groups
-from bytecap.types import Unit
+from bytecap.types import Unit, as_matrix
 
 _GROUP_VALUES = 2**25
 _SMALL_GROUP = 2**22  # where memory matters more than time
@@ -40,12 +40,6 @@ Array = npt.NDArray[Any]
 def from_matrix(unit: Unit, matrix: Array) -> Array:
     """Turn a matrix (rows, cols), as coders see it, into the unit's stored layout."""
     return np.ascontiguousarray(matrix.T if unit.transposed else matrix).reshape(unit.shape)
-
-
-def to_matrix(unit: Unit, array: Array) -> Array:
-    """Turn a unit's stored layout into the matrix (rows, cols) that coders see."""
-    rows, cols = unit.matrix_shape
-    return array.reshape(cols, rows).T if unit.transposed else array.reshape(rows, cols)
 
 
 def side_files(contents: Contents) -> dict[str, bytes]:
@@ -159,7 +153,7 @@ class _File:
 
         def shared(unit: Unit) -> Shared:
             held = below.get(unit.name)
-            return self.shared if held is None else replace(self.shared, below=to_matrix(unit, held))
+            return self.shared if held is None else replace(self.shared, below=as_matrix(unit, held))
 
         try:
             matrices = run(

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from bytecap.errors import BaseError
 from bytecap.format import codefiles, updates
 from bytecap.format.container import CODE, FILE, Base, Contents
-from bytecap.format.decoder import decode_units, to_matrix
-from bytecap.types import Unit
+from bytecap.format.decoder import decode_units
+from bytecap.types import Unit, as_matrix
 
 _LISTED = 8  # names in a message
 
@@ -60,7 +60,7 @@ class Installed:
 
     def matrix(self, unit: Unit) -> npt.NDArray[Any]:
         """Values of a unit as coders see them, (rows, cols)."""
-        return to_matrix(unit, self.values[unit.name])
+        return as_matrix(unit, self.values[unit.name])
 
     def has(self, unit: Unit, matrix: npt.NDArray[Any]) -> bool:
         """Whether a unit has these values (rows, cols) already, bit for bit."""

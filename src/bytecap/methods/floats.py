@@ -17,9 +17,8 @@ from bytecap.allocation.preparation import PreparedModel
 from bytecap.errors import BudgetError
 from bytecap.job import Job, Outcome, Section
 from bytecap.methods.rate_control import allowed_slack
-from bytecap.model.checkpoint import as_matrix
 from bytecap.quantization.short_floats import section
-from bytecap.types import Unit
+from bytecap.types import Unit, as_matrix
 
 _MANTISSA = {"F64": 23, "F32": 23, "F16": 10, "BF16": 7}
 _TRIES = 24

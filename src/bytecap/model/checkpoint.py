@@ -15,9 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from bytecap.errors import BytecapError, CheckpointError
 from bytecap.model import gguf_file
@@ -42,7 +40,6 @@ if TYPE_CHECKING:
 
     from bytecap.model.quantized_checkpoint import Dequantized
 
-_Values = TypeVar("_Values", np.ndarray[Any, Any], "torch.Tensor")
 _KEPT = 2**31  # bytes of dequantized weights that wait for the module they go into
 _STACKED = 16  # smallest side of a matrix in a stack of them
 DTYPES = {
@@ -357,13 +354,6 @@ def find_units(module: torch.nn.Module, dtypes: dict[str, str] | None = None) ->
 def _is_stack(tensor: torch.Tensor) -> bool:
     """Return whether a tensor outside linear modules is a stack of matrices; kernels of convolutions are smaller."""
     return tensor.ndim == 3 and min(tensor.shape[1:]) >= _STACKED
-
-
-def as_matrix(unit: Unit, values: _Values) -> _Values:
-    """Return a stored array or tensor as coders see it, (rows, cols)."""
-    rows, cols = unit.matrix_shape
-    turned = unit.transposed and len(unit.shape) >= 2
-    return values.reshape(cols, rows).T if turned else values.reshape(rows, cols)
 
 
 def module_from_config(

@@ -22,7 +22,7 @@ from bytecap.model import streaming, tying
 from bytecap.model.accounting import account
 from bytecap.model.building import causal_lm, plain_config, without_values
 from bytecap.model.chain import Chain, find_chain, hands_on_alone
-from bytecap.model.checkpoint import Model, as_matrix, check_size, find_units, freeze, resolve
+from bytecap.model.checkpoint import Model, check_size, find_units, freeze, resolve
 from bytecap.model.conversion import Conversion, convert
 from bytecap.model.fileset import Header
 from bytecap.model.forward import logits_of
@@ -33,7 +33,7 @@ from bytecap.model.streaming import Streamed
 from bytecap.model.tensor_files import Tensors
 from bytecap.system.allocator import is_shortage
 from bytecap.system.scratch import Scratch
-from bytecap.types import Unit
+from bytecap.types import Unit, as_matrix
 
 _PIECE = 2**22  # values looked at together
 _TRIAL = 4  # tokens of the pass that finds the chain

@@ -13,9 +13,10 @@ from bytecap.format.coders.exact import WIDTH
 from bytecap.format.container import Contents
 from bytecap.format.decoder import decode_each
 from bytecap.job import Job, Section
-from bytecap.model.checkpoint import Model, as_matrix
+from bytecap.model.checkpoint import Model
 from bytecap.pipeline import update
 from bytecap.pipeline.update import Frame
+from bytecap.types import as_matrix
 
 
 def lossless(model: Model, frame: Frame, job: Job) -> Contents | None:

@@ -25,7 +25,6 @@ from bytecap.allocation.target_fit import trial_of
 from bytecap.format.coders.grid import GridCode
 from bytecap.format.coders.trellis import dependent
 from bytecap.format.entropy.shared_tables import count_symbols
-from bytecap.model.checkpoint import as_matrix
 from bytecap.model.quantized_copy import as_stored
 from bytecap.quantization.quantizer import Coded, Prepared, rate
 from bytecap.quantization.stored import StoredPrepared
@@ -33,6 +32,7 @@ from bytecap.quantization.symbols_there import symbols_anywhere
 from bytecap.recovery.code_values import Grid, Offsets, Prices
 from bytecap.recovery.group_walk import TunedUnits
 from bytecap.sizes import in_parts
+from bytecap.types import as_matrix
 
 _CODE = ("symbols", "column_step", "column_class", "row_step", "row_class")  # arrays of a code
 Walk = Callable[[Sequence[str], TunedUnits], None]

@@ -26,7 +26,7 @@ from bytecap.format.entropy.shared_tables import dump_shared, load_shared
 from bytecap.job import Job, Section
 from bytecap.job.config import FitConfig
 from bytecap.methods.bytecap import calibrate, prepare
-from bytecap.model.checkpoint import Model, as_matrix
+from bytecap.model.checkpoint import Model
 from bytecap.model.evaluation import kl_each
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.texts import TokenSets, leading
@@ -35,6 +35,7 @@ from bytecap.quantization.options import Options
 from bytecap.quantization.overlays.channels import rank
 from bytecap.system import allocator
 from bytecap.system.cache import Store, digest
+from bytecap.types import as_matrix
 from bytecap_lab.rd_curves.base import Base, GolfBase, GridBase, golf_k
 from bytecap_lab.rd_curves.slopes import Slopes, measure_slopes
 

@@ -26,12 +26,12 @@ from bytecap.allocation.correction import role_name
 from bytecap.calibration.kl_gradient import gradient
 from bytecap.format.decoder import from_matrix
 from bytecap.job import Job
-from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_each
 from bytecap.model.forward import pass_tokens
 from bytecap.model.quantized_copy import Values
 from bytecap.model.texts import Window, leading
 from bytecap.system.cache import Store, digest
+from bytecap.types import as_matrix
 from bytecap_lab.rd_curves.base import Base
 
 _TOKENS = 131_072  # at most; of the statistics

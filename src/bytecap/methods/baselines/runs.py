@@ -12,7 +12,7 @@ from torch import Tensor
 from bytecap.calibration.statistics import moments
 from bytecap.errors import BudgetError, UsageError
 from bytecap.job import Job, Outcome, Section
-from bytecap.model.checkpoint import as_matrix
+from bytecap.types import as_matrix
 
 
 def run_golf(job: Job) -> Outcome:

@@ -26,10 +26,9 @@ from bytecap.format.decoder import from_matrix
 from bytecap.format.wire.shared_objects import load_objects
 from bytecap.job import Job, Outcome, Section
 from bytecap.methods.baselines.uniform import exact_sections, is_exact
-from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import kl_to
 from bytecap.model.quantized_copy import copy_of, load_values
-from bytecap.types import Curve, Plan, Point, Unit
+from bytecap.types import Curve, Plan, Point, Unit, as_matrix
 
 S = TypeVar("S")
 _ROUNDS = 6

@@ -12,11 +12,12 @@ import numpy.typing as npt
 
 from bytecap.calibration.metric import join
 from bytecap.calibration.sums import Statistics
-from bytecap.model.checkpoint import Model, as_matrix
+from bytecap.model.checkpoint import Model
 from bytecap.runtimes.gguf import file, library
 from bytecap.runtimes.gguf.metadata import write_keys
 from bytecap.runtimes.gguf.places import Layout, Place
 from bytecap.runtimes.gguf.tokenizer import write_tokenizer
+from bytecap.types import as_matrix
 
 _MIXES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 

@@ -20,7 +20,7 @@ from bytecap.allocation.correction import role_name
 from bytecap.calibration.metric import Metric, join
 from bytecap.calibration.sums import Statistics
 from bytecap.errors import UsageError
-from bytecap.model.checkpoint import Model, as_matrix
+from bytecap.model.checkpoint import Model
 from bytecap.progress import Advance
 from bytecap.runtimes.blocks import BlockFormat
 from bytecap.runtimes.blocks.encode import Factors, Shrinkage, encode_all, factor, shrunk
@@ -28,7 +28,7 @@ from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.blocks.search import LANES
 from bytecap.runtimes.gguf.file import PLAIN
 from bytecap.runtimes.gguf.places import Layout, Place
-from bytecap.types import Unit
+from bytecap.types import Unit, as_matrix
 
 _NONE = Shrinkage()
 SHRINKAGES = (

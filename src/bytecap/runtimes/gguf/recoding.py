@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from bytecap.allocation.target_fit import trial_rows
 from bytecap.job import Job
-from bytecap.model.checkpoint import as_matrix
 from bytecap.model.quantized_copy import Values, as_stored
 from bytecap.recovery import loop
 from bytecap.recovery.group_walk import GroupWalk
@@ -31,6 +30,7 @@ from bytecap.runtimes.gguf.rounding import Coding, Rounded, round_all
 from bytecap.runtimes.gguf.solve import Found, rounded_values
 from bytecap.runtimes.gguf.targets import members_of, moved_to, row_weights
 from bytecap.sizes import in_parts
+from bytecap.types import as_matrix
 
 RATE = 0.004  # learning rate of values, in steps of each one's grid
 GROUPS = 24  # times that tensors are coded

@@ -21,7 +21,7 @@ from bytecap.allocation.budget_curve import margin
 from bytecap.allocation.correction import Factor, shrunk
 from bytecap.format.decoder import from_matrix
 from bytecap.job import Job
-from bytecap.model.checkpoint import Model, as_matrix
+from bytecap.model.checkpoint import Model
 from bytecap.model.evaluation import kl_each, kl_to
 from bytecap.model.quantized_copy import Lazy, Values, copy_of, load_values
 from bytecap.model.streamed_checkpoint import StreamedModel
@@ -30,7 +30,7 @@ from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.rounding import Coding, Rounded, curves, round_all
 from bytecap.runtimes.gguf.stored import keeper
-from bytecap.types import Curve, Plan, Point
+from bytecap.types import Curve, Plan, Point, as_matrix
 
 
 @dataclass(frozen=True)

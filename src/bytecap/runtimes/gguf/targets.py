@@ -18,7 +18,6 @@ from bytecap.allocation.asymmetric_targets import order_of, walk_stages
 from bytecap.allocation.shared_inputs import LostError
 from bytecap.allocation.target_fit import Moments, trial_rows
 from bytecap.job import Job
-from bytecap.model.checkpoint import as_matrix
 from bytecap.model.evaluation import by_window
 from bytecap.model.forward import pass_tokens
 from bytecap.model.quantized_copy import Values, copy_of, load_values
@@ -28,7 +27,7 @@ from bytecap.model.uncertainty import surely_worse
 from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.rounding import Coding, Rounded, round_all
 from bytecap.runtimes.gguf.solve import Found, rounded_values, unit_values
-from bytecap.types import Unit
+from bytecap.types import Unit, as_matrix
 
 TOKENS = 16_384  # that a walk sees
 

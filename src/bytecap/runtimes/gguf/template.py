@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from bytecap.errors import CheckpointError
-from bytecap.model.checkpoint import Model, as_matrix
+from bytecap.model.checkpoint import Model
 from bytecap.runtimes.gguf import library
 from bytecap.runtimes.gguf.file import PLAIN, decode, encode_plain, open_model
 from bytecap.runtimes.gguf.places import Layout, Place
+from bytecap.types import as_matrix
 
 Array = npt.NDArray[Any]
 _SHAPED = ("general.file_type", "general.quantization_version", "general.architecture")
