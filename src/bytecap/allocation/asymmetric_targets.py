@@ -17,7 +17,7 @@ Sources: WaterSIC (arXiv:2603.04956) and GPTAQ (arXiv:2504.02692) for the correc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -201,7 +201,9 @@ def walk_stages(
                 with rough_products(device, wanted=rough):
                     calls = together(ranks, partial(_calls, walks))
                 share_storage(quantized_copy, original, staged)  # no pass needs the stages behind it again
-                written = _streams(original, calls, there, chain, ranks) if streams else {}
+                written = {}
+                if streams and chain is not None:
+                    written = streams_of(calls[0][0] if calls else None, linear_weights(original), there, chain, ranks)
                 for names in there:
                     inner = [linear_weights(m)[names[0]][0] for m in (original, quantized_copy)]
                     found, stream = Moments(), written.get(names[0])
@@ -234,20 +236,27 @@ def _inputs(
         yield (x, seen, *(a - b for a, b in zip(whole, coded, strict=True)))
 
 
-def _streams(
-    model: nn.Module, calls: Sequence[_Calls], order: Sequence[Sequence[str]], chain: Chain | None, ranks: Ranks
+def streams_of(
+    call: WaitingCall | None, maps: Mapping[str, tuple[nn.Module, str]], order: Sequence[Sequence[str]], chain: Chain,
+    ranks: Ranks,
 ) -> dict[str, str]:  # fmt: skip
-    """Return where the residual streams are that the outputs of a block's units are added to, by unit name."""
+    """Return where the residual streams are that the outputs of a block's units are added to, by unit name.
+
+    Args:
+        call: of the block of the original; None on a rank that has no pass.
+        maps: the original's linear maps, see `linear_weights`.
+        order: units of the block, stage by stage.
+        chain: that the block is of.
+        ranks: processes that share the passes.
+    """
     alone = [names[0] for names in order if len(names) == 1]
-    if chain is None or not alone or not chain.holds(alone[0]):
+    if not alone or not chain.holds(alone[0]):
         return {}
     found = {}
-    if calls:
-        call, modules = calls[0][0], linear_weights(model)
+    if call is not None:
         given = chain.taken(call.args, call.kwargs)
-        maps = {n: modules[n][0] for n in alone}
-        found = streams_written(call.module, given, partial(call.begun, chain), maps)
-    return {n: found.get(n, "") for n in alone if all(ranks.all(n in found or not calls))}
+        found = streams_written(call.module, given, partial(call.begun, chain), {n: maps[n][0] for n in alone})
+    return {n: found.get(n, "") for n in alone if all(ranks.all(n in found or call is None))}
 
 
 def _aimed(

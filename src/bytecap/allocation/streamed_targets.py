@@ -7,16 +7,16 @@ rounds of fewer tokens, each behind a coded prefix of its own, cost 6% and 10% o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bytecap.allocation.asymmetric_targets import Walked, passes_of, tokens_of
+from bytecap.allocation.asymmetric_targets import Stage, Walked, passes_of, streams_of, tokens_of
 from bytecap.allocation.correction import is_rough, unit_values
 from bytecap.allocation.pacing import Pace
 from bytecap.allocation.planner import Planner, State
@@ -33,8 +33,10 @@ from bytecap.progress import Advance
 from bytecap.quantization.quantizer import Prepared
 from bytecap.quantization.stored import StoredPrepared
 from bytecap.system import allocator
-from bytecap.system.ranks import Ranks
+from bytecap.system.ranks import ALONE, Ranks
 from bytecap.system.scratch import KeptTensor, Scratch
+
+_Found = TypeVar("_Found")
 
 
 @torch.no_grad()
@@ -76,19 +78,49 @@ def streamed_targets(
     quantized_copy.load(unit_values(planner, state, [n for n in planner.names if n not in staged]))
     work = _Targets(planner, state, pace, strength, scratch, staged if held is None else held)
     data = list(passes_of(windows, tokens_of(planner, original.device, windows), str(original.device)))
-    walk = _Walk(
-        [original, quantized_copy], of_rank(data, planner.ranks), order, planner.ranks,
-        scratch, rough=is_rough(planner, state),
-    )  # fmt: skip
+    lanes, ranks = (original, quantized_copy), planner.ranks
+    walk = _Walk(lanes, of_rank(data, ranks), order, ranks, scratch, rough=is_rough(planner, state))
+    _through(walk, work.stage, [mask for _, mask in data], advance)
+    return work.found
+
+
+@torch.no_grad()
+def walk_streamed(
+    order: Sequence[Sequence[str]], original: Streamed, quantized_copy: Streamed, windows: Sequence[Window],
+    stage: Stage, *, tokens: int, scratch: Scratch, advance: Advance,
+) -> None:  # fmt: skip
+    """Walk two streamed models as `walk_stages` does two in memory, told what residual streams lack.
+
+    Args:
+        order: unit names, stage by stage in calling order.
+        original: untouched model.
+        quantized_copy: a copy of it that holds the values of units that are in no stage; it holds none afterwards.
+        windows: to walk.
+        stage: called for every one, see `Stage`.
+        tokens: of a batch.
+        scratch: for what waits.
+        advance: called with the share of the work that is done.
+
+    Raises:
+        LostError: a pass did not call its modules in this order.
+    """
+    data = list(passes_of(windows, tokens, str(original.device)))
+    walk = _Walk((original, quantized_copy), data, order, ALONE, scratch, rough=False, streams=True)
+    _through(walk, lambda names, found: stage(names, found, 0, 1), [mask for _, mask in data], advance)
+
+
+def _through(
+    walk: _Walk, stage: Callable[[Sequence[str], Moments], Values], masks: Sequence[Tensor | None], advance: Advance
+) -> None:
+    """Go through all stages, and give the second model what is made of each."""
     try:
         for names in walk.stages():
-            walk.put(work.stage(names, walk.moments(names, [mask for _, mask in data])))
+            walk.put(stage(names, walk.moments(names, masks)))
             allocator.release()
-            advance(1 / len(order))
+            advance(1 / walk.count)
     finally:
         walk.cancel()
-        quantized_copy.replaced.clear()  # whose makers hold the units, and a copy and its module hold one another
-    return work.found
+        walk.lanes[1].replaced.clear()  # whose makers hold the units, and a copy and its module hold one another
 
 
 class _Targets:
@@ -153,13 +185,17 @@ class _Held:
         if self._kept is not None:
             self._handed.data = self._kept.load(self._handed.device)
 
-    def inputs_of(self, inner: nn.Module, chain: Chain) -> list[Tensor]:
-        """See `WaitingCall.inputs_of`."""
+    def look(self, work: Callable[[WaitingCall], _Found]) -> _Found:
+        """Return what is made of the call while the tensor is there."""
         self.restore()
-        found = [x.detach() for x in self._call.inputs_of(inner, chain)]
+        found = work(self._call)
         if self._kept is not None:
             let_go(self._handed)
         return found
+
+    def inputs_of(self, inner: nn.Module, chain: Chain, stream: str | None) -> list[Tensor]:
+        """See `WaitingCall.inputs_of`."""
+        return self.look(lambda call: [x.detach() for x in call.inputs_of(inner, chain, stream)])
 
 
 class _Walk:
@@ -177,13 +213,15 @@ class _Walk:
         scratch: Scratch,
         *,
         rough: bool,
+        streams: bool = False,
     ) -> None:
-        self._lanes, self._order, self._ranks, self._rough = lanes, order, ranks, rough
-        self._chain = lanes[0].chain
-        self._maps = [{n: m for n, (m, _) in linear_weights(x.module).items()} for x in lanes]
+        self.lanes, self.count = lanes, len(order)
+        self._order, self._ranks, self._rough = order, ranks, rough
+        self._chain, self._streams, self._written = lanes[0].chain, streams, dict[str, str]()
+        self._maps = [linear_weights(x.module) for x in lanes]
         outside = [names[0] for names in order if not self._chain.holds(names[0])]
         self._passes = [
-            [Pass(x, run, [maps[n] for n in outside]) for run, _ in data]
+            [Pass(x, run, [maps[n][0] for n in outside]) for run, _ in data]
             for x, maps in zip(lanes, self._maps, strict=True)
         ]
         self._scratch = scratch if lanes[0].alone else None
@@ -195,6 +233,7 @@ class _Walk:
         for part in (None, *range(chain.count), chain.count):
             prefix = f"{chain.path}.{part}."
             with self._loaded(None if part == chain.count else part):
+                self._written = self._find_streams(prefix) if self._streams else {}
                 while number < len(self._order):
                     first = self._order[number][0]
                     inside = first.startswith(prefix) if part not in {None, chain.count} else not chain.holds(first)
@@ -207,6 +246,18 @@ class _Walk:
                 if part != chain.count:
                     self._advance(None)
 
+    def _find_streams(self, prefix: str) -> dict[str, str]:
+        """Return where the streams are that units of the block write to, in front of which the passes wait."""
+        there = [names for names in self._order if names[0].startswith(prefix)]
+        if not there:
+            return {}
+
+        def find(call: WaitingCall | None) -> dict[str, str]:
+            return streams_of(call, self._maps[0], there, self._chain, self._ranks)
+
+        with rough_products(self.lanes[0].device, wanted=self._rough):
+            return self._calls[0][0].look(find) if self._calls else find(None)
+
     def _before_chain(self, number: int) -> bool:
         """Whether a stage outside the chain is called in front of it."""
         return any(self._chain.holds(names[0]) for names in self._order[number:])
@@ -215,7 +266,7 @@ class _Walk:
     def _loaded(self, block: int | None) -> Iterator[None]:
         cache: dict[Any, Tensor] = {}
         with ExitStack() as stack:
-            for lane in self._lanes:
+            for lane in self.lanes:
                 stack.enter_context(lane.outside(cache) if block is None else lane.block(block, cache))
             yield
 
@@ -224,9 +275,11 @@ class _Walk:
         together(self._ranks, partial(self._go, first))
 
     def _go(self, first: str | None) -> None:
-        stops = [x.blocks if first is None else [maps[first]] for x, maps in zip(self._lanes, self._maps, strict=True)]
+        stops = [
+            x.blocks if first is None else [maps[first][0]] for x, maps in zip(self.lanes, self._maps, strict=True)
+        ]
         before, self._calls = self._calls[::-1], []
-        with rough_products(self._lanes[0].device, wanted=self._rough):
+        with rough_products(self.lanes[0].device, wanted=self._rough):
             for group in zip(*self._passes, strict=True):
                 for held in before.pop() if before else ():
                     held.restore()
@@ -242,23 +295,25 @@ class _Walk:
 
     def moments(self, names: Sequence[str], masks: Sequence[Tensor | None]) -> Moments:
         """Return the moments of what the stage is given by both models, in all passes."""
-        found, device = Moments(), self._lanes[0].device
+        found, device, stream = Moments(), self.lanes[0].device, self._written.get(names[0])
+        begun, width = partial(self._inputs, names[0], stream), 2 + (stream is not None)
         with rough_products(device, wanted=self._rough):
-            given = shared_inputs(self._ranks, partial(self._inputs, names[0]), len(masks), str(device))
-            for (x, seen), mask in zip(given, masks, strict=True):
-                found.add(x, seen, mask)
+            given = shared_inputs(self._ranks, begun, len(masks), str(device), width)
+            for (x, seen, *lack), mask in zip(given, masks, strict=True):
+                found.add(x, seen, mask, *lack)
         return found
 
-    def _inputs(self, first: str) -> Iterator[Inputs]:
-        """Yield the inputs of a unit's module in both models, pass by pass."""
-        maps = [there[first] for there in self._maps]
+    def _inputs(self, first: str, stream: str | None) -> Iterator[Inputs]:
+        """Yield the inputs of a unit's module in both models, and what the stream behind it lacks, pass by pass."""
+        maps = [there[first][0] for there in self._maps]
         for pair in self._calls:
-            (x,), (seen,) = (held.inputs_of(m, self._chain) for held, m in zip(pair, maps, strict=True))
-            yield x, seen
+            found = (held.inputs_of(m, self._chain, stream) for held, m in zip(pair, maps, strict=True))
+            (x, *whole), (seen, *coded) = found
+            yield (x, seen, *(a - b for a, b in zip(whole, coded, strict=True)))
 
     def put(self, values: Values) -> None:
         """Let the second model hold these values."""
-        lane = self._lanes[1]
+        lane = self.lanes[1]
         for name in values:
             found, place = torch.as_tensor(values[name]).to(lane.device, lane.dtype), lane.module.get_parameter(name)
             if place.is_meta:  # outside the chain, and not called yet

@@ -57,6 +57,11 @@ class Triangle:
             out[first:last, :last] = torch.where(cols <= rows, self.values[at], 0)
         return out
 
+    def symmetric(self) -> Tensor:
+        """Return the symmetric matrix (size, size) whose lower half this is."""
+        lower = self.whole()
+        return lower.add_(lower.tril(-1).T)
+
     def diagonal(self) -> Tensor:
         """Return the diagonal (size,)."""
         rows = torch.arange(self.size, device=self.values.device)

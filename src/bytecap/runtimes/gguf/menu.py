@@ -196,7 +196,8 @@ def _metric(unit: Unit, found: Statistics, device: str) -> Metric:
     if unit.name not in found.uses:
         return Metric(torch.eye(cols, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64))
     whole = join(found.uses.pop(unit.name), found.tokens)
-    return Metric(whole.hessian.to(device), whole.rows.cpu())
+    lower = whole.hessian.tril()  # sums of products differ across the diagonal in the last bit, work files keep a half
+    return Metric(lower.add_(lower.tril(-1).T).to(device), whole.rows.cpu())
 
 
 def choose_shrinkage(items: Sequence[Item], advance: Advance) -> list[Item]:

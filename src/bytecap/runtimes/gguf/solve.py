@@ -26,7 +26,6 @@ from bytecap.model.evaluation import kl_each, kl_to
 from bytecap.model.quantized_copy import Lazy, Values, copy_of, load_values
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import leading
-from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.rounding import Coding, Rounded, curves, round_all
 from bytecap.runtimes.gguf.stored import keeper
@@ -55,9 +54,10 @@ class Found:
     step: int
     vectors: dict[str, Any] = field(default_factory=dict)
 
-    def codes(self) -> dict[str, Codes | None]:
-        """Of every tensor; None where its numbers are plain."""
-        return {n: r.codes for n, r in self.rounded.items()}
+    def codes(self) -> Mapping[str, Any]:
+        """`Codes` of every tensor, read when they are asked for; None where its numbers are plain."""
+        make: Any = lambda name: self.rounded[name].codes  # noqa: E731 (typed as what makes no arrays)
+        return Lazy(list(self.rounded), make)
 
 
 def solve(
@@ -135,12 +135,12 @@ def _round(
     """Every tensor in its setting; those that keep the setting they had `before` are known."""
     left = [i for i in items if before.get(i.place.name) != settings[i.place.name]]
     with job.reporter.step("rounding", len(left)) as advance:
-        keep = keeper(job.model.scratch) if isinstance(job.model, StreamedModel) else _as_it_is
-        return {**known, **round_all(coding, left, settings, advance, keep)}
+        return {**known, **round_all(coding, left, settings, advance, keep_of(job.model))}
 
 
-def _as_it_is(rounded: Rounded) -> Rounded:
-    return rounded
+def keep_of(model: Model) -> Callable[[Rounded], Rounded]:
+    """Return what a job keeps of a rounded tensor: a streamed model's goes to work files."""
+    return keeper(model.scratch) if isinstance(model, StreamedModel) else lambda rounded: rounded
 
 
 def _decoded(rounded: Mapping[str, Rounded], names: Iterable[str]) -> Mapping[str, Any]:

@@ -46,9 +46,9 @@ class StoredMetric:
 
     def read(self, place: Place) -> Metric:
         """Return the metric of a place's rows."""
-        lower = Triangle(self._lower.load(), self._size).whole()
         rows = self._rows.load().cpu()
-        return Metric(lower + lower.tril(-1).T, rows if place.rows is None else rows[place.rows])
+        hessian = Triangle(self._lower.load(), self._size).symmetric()
+        return Metric(hessian, rows if place.rows is None else rows[place.rows])
 
 
 class StoredItem(Item):
