@@ -151,10 +151,13 @@ def _fit(args: argparse.Namespace, ranks: Any) -> None:
 
     steps, began = Noted(), time.perf_counter()
     text: dict[str, Any] = {"calibration": "general"} if args.calib is None else {"calibration": args.calib}
+    output = args.child / {"gguf": "out.gguf", "bcap": "out.bcap"}.get(args.format, "out")
+    if args.format == "bcap":
+        text |= {"ranks": ranks}
     result = bytecap.fit(
-        str(args.child), f"{args.bits}bpp", output=args.child / "out.bcap", device=args.device, tokens=args.tokens,
+        str(args.child), f"{args.bits}bpp", output=output, device=args.device, tokens=args.tokens, format=args.format,
         evaluation_tokens=args.eval_tokens, memory=args.memory, seed=args.seed, effort=args.effort, reporter=steps,
-        ranks=ranks, **text,
+        **text,
     )  # fmt: skip
     cuda = torch.cuda.is_available() and args.device != "cpu"
     host_gb = ranks.all(max([*steps.peaks.values(), _restart_peak()]))
@@ -164,13 +167,21 @@ def _fit(args: argparse.Namespace, ranks: Any) -> None:
         return
     print(json.dumps({
         "seconds": round(time.perf_counter() - began, 1), "steps": steps.found, "peaks_gb": steps.peaks,
-        "file_bytes": result.length,
+        "file_bytes": result.report["file_bytes"],
         "slack_bytes": result.report["slack_bytes"], "parameters": result.report["parameters"],
         "kl_nats": result.report["kl_nats"], "streamed": any("is streamed" in n for n in steps.notes),
         "host_gb": max(host_gb), "gpu_gb": max(gpu_gb) if cuda else None,
         "gpu_reserved_gb": max(reserved) if cuda else None,
-        "sha256": hashlib.sha256(result.data).hexdigest()[:16], "threads": torch.get_num_threads(),
+        "sha256": _digest(output), "threads": torch.get_num_threads(),
     }))  # fmt: skip
+
+
+def _digest(output: Path) -> str:
+    """SHA-256 of a file, or of a directory's files in the order of their names."""
+    found = hashlib.sha256()
+    for path in sorted(output.iterdir()) if output.is_dir() else [output]:
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def _command(args: argparse.Namespace) -> str:
@@ -191,8 +202,8 @@ def one(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             found = _started(name, directory, gpus, args)
             row = {"benchmark": "scale", "model": name, "gpus": gpus, "process_seconds": round(
                 time.perf_counter() - began, 1), **found, "bits": args.bits, "tokens": args.tokens, "seed": args.seed,
-                "memory": args.memory, "effort": args.effort, "dtype": args.dtype, "host": host(),
-                "date": time.strftime("%Y-%m-%d"), "command": _command(args)}  # fmt: skip
+                "memory": args.memory, "effort": args.effort, "dtype": args.dtype, "format": args.format,
+                "host": host(), "date": time.strftime("%Y-%m-%d"), "command": _command(args)}  # fmt: skip
             if rows:
                 row["speed_up"] = round(rows[0]["seconds"] / row["seconds"], 2)
                 row["same_bytes"] = rows[0]["sha256"] == row["sha256"]
@@ -207,7 +218,7 @@ def _started(name: str, directory: Path, gpus: int, args: argparse.Namespace) ->
         start += ["-m", "torch.distributed.run", "--nproc-per-node", str(gpus)]
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))  # torchrun would set 1
     options = [f"--{n}={getattr(args, n)}" for n in ("bits", "tokens", "device", "seed")]
-    options += [f"--eval-tokens={args.eval_tokens}"]
+    options += [f"--eval-tokens={args.eval_tokens}", f"--format={args.format}"]
     options += [f"--{n}={v}" for n in ("memory", "calib", "effort") if (v := getattr(args, n)) is not None]
     done = subprocess.run(
         [*start, __file__, f"--child={directory}", *options], stdout=subprocess.PIPE, text=True, check=False,
@@ -234,6 +245,7 @@ def main() -> None:
     p.add_argument("--memory")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--effort", type=int, help="of the fit")
+    p.add_argument("--format", default="bcap", choices=["bcap", "gguf", "mlx", "compressed-tensors"])
     p.add_argument("--gpus", type=_numbers, default=[1], help="numbers of ranks, by comma")
     p.add_argument("--dtype", default="bfloat16", help="of the checkpoint on disk")
     p.add_argument("--calib", help="calibration text instead of the embedded general one")

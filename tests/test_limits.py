@@ -224,10 +224,10 @@ class TestWriters:
         full(2 * BUDGET, tmp_path / "r.html", *job(), "--report", tmp_path / "r.html", kept=kept)
 
     @pytest.mark.usefixtures("block_code")
-    @pytest.mark.parametrize("form", ["mlx", "compressed-tensors"])
-    def test_directories(self, full, other, tmp_path, form):
+    @pytest.mark.parametrize(("form", "more"), [("mlx", ()), ("compressed-tensors", ()), ("mlx", ("--memory", "1MB"))])
+    def test_directories(self, full, other, tmp_path, form, more):
         out = tmp_path / "out"
-        full(late(fit_directory, "write_directory", 1 << 14), out, *other, "-o", out, "--format", form)
+        full(late(fit_directory, "write_directory", 1 << 14), out, *other, "-o", out, "--format", form, *more)
 
     def test_gguf(self, full, other, tmp_path):
         pytest.importorskip("gguf")

@@ -33,4 +33,4 @@ def test_tables_that_stay_in_16_bits_are_tuned(name, model_directory) -> None:
     assert torch.equal(values, (own + 0.5 * own.abs().mean()).bfloat16().float())
     written = tuning._written([], found, list(owners.values())).vectors
     tensors = {t.name: t for t in contents.tensors({}, {}, written)}
-    assert np.array_equal(tensors[table].values, values.numpy())
+    assert np.array_equal(tensors[table].array(), values.numpy())

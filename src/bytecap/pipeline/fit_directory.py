@@ -17,14 +17,11 @@ from bytecap.errors import BudgetError
 from bytecap.format.ledger import by_unit
 from bytecap.job import Job
 from bytecap.job.config import FitConfig, configured
-from bytecap.job.effort import effort_of
 from bytecap.model.checkpoint import Model
-from bytecap.pipeline import memory
+from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.pipeline.formats import format_of
 from bytecap.pipeline.quality import Comparisons, quality, say_narrow
-from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, held_tokens, measure
-from bytecap.pipeline.stages import choose_device
-from bytecap.pipeline.token_sets import token_sets
+from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, job_of, measure, opened
 from bytecap.progress import reporter_for
 from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.blocks.ggml import FORMATS
@@ -37,8 +34,7 @@ from bytecap.runtimes.gguf.places import Layout
 from bytecap.runtimes.gguf.solve import Found, figures, solve
 from bytecap.runtimes.gguf.targets import follow_prefix
 from bytecap.runtimes.gguf.tuning import tune_blocks
-from bytecap.sizes import check_budget, format_size, parse_budget
-from bytecap.system.cache import Store
+from bytecap.sizes import format_size, parse_budget
 from bytecap.system.directories import check_directory, replacing_directory
 from bytecap.types import Curve, Plan
 
@@ -47,11 +43,7 @@ _ATTEMPTS = 8  # at allocations whose own plan decides how long names and offset
 
 def fit_directory_configs(model: Model | Path | str, configs: Sequence[FitConfig]) -> list[RuntimeModel]:
     """Fit a checkpoint to a directory for each config; they differ in their budgets."""
-    for c in configs:
-        check_budget(c.budget)
-    first = configs[0]
-    told, device = reporter_for(first.reporter, first.progress), choose_device(first.device)
-    with memory.opened(model, first, device, told, None) as loaded:
+    with opened(model, configs) as loaded:
         return [_fit_one(loaded, c) for c in configs]
 
 
@@ -72,7 +64,7 @@ def _fit_one(loaded: Model, config: FitConfig) -> RuntimeModel:
     """Fit one directory."""
     format_of(config)
     started = time.perf_counter()
-    output, target = config.output, choose_device(config.device)
+    output = config.output
     kind, reporter = family(str(config.format)), reporter_for(config.reporter, config.progress)
     if output is not None:
         check_directory(Path(output))
@@ -81,11 +73,7 @@ def _fit_one(loaded: Model, config: FitConfig) -> RuntimeModel:
     for note in notes:
         reporter.note(note)
     floor = _check_floor(contents, cap)
-    kept = config.store if isinstance(config.store, Store) else Store(config.store)
-    sets = token_sets(loaded, config, target, kept, reporter, correction_tokens=held_tokens(config))
-    job = Job(loaded, sets, cap, lambda *_: 0, target, reporter, config, recover=effort_of(config.recover), store=kept)
-    loaded.module.to(target)
-    coding = coding_of(contents)
+    job, coding = job_of(loaded, config), coding_of(contents)
     items = calibrated(job, Layout("", contents.places), contents.types, coding)
     plain = solve(job, items, coding, lambda curves: _allocate(contents, curves, cap), contents.groups)
     if not config.dry_run:
@@ -233,5 +221,6 @@ def write_directory(
         (made / CONFIG).write_bytes(contents.config(schemes))
         for name, data in contents.side_files().items():
             (made / name).write_bytes(data)
-        said = contents.family.check(made)
+        streamed = isinstance(contents.model, StreamedModel)
+        said = "not checked: larger than memory" if streamed else contents.family.check(made)
     return sum(f.stat().st_size for f in path.iterdir()), said

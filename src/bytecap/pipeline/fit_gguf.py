@@ -24,18 +24,15 @@ from bytecap.format.ledger import by_unit
 from bytecap.job import Job
 from bytecap.job.config import FitConfig, configured
 from bytecap.job.effort import effort_of
-from bytecap.model import streaming
 from bytecap.model.checkpoint import Model, load_checkpoint
 from bytecap.model.defaults import TOKENS
 from bytecap.model.quantized_copy import Values
 from bytecap.model.sources import Paths, as_paths, load_sets
 from bytecap.model.streamed_checkpoint import StreamedModel
-from bytecap.pipeline import memory
 from bytecap.pipeline.formats import format_of
 from bytecap.pipeline.quality import Comparisons, quality, say_narrow
-from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, held_tokens, measure
+from bytecap.pipeline.runtime_model import RuntimeModel, calibrated, gain, job_of, measure, opened
 from bytecap.pipeline.stages import choose_device
-from bytecap.pipeline.token_sets import token_sets
 from bytecap.progress import Reporter, reporter_for
 from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.gguf import file, library
@@ -47,9 +44,8 @@ from bytecap.runtimes.gguf.plan import CODING, data_of, solve
 from bytecap.runtimes.gguf.solve import Found, figures
 from bytecap.runtimes.gguf.template import GgufTemplate, read_template
 from bytecap.runtimes.gguf.tuning import tune_blocks
-from bytecap.sizes import check_budget, format_size, parse_budget
+from bytecap.sizes import format_size, parse_budget
 from bytecap.system.atomic import write_atomically
-from bytecap.system.cache import Store
 
 WIDE = 256  # columns of a block of the finer types
 
@@ -77,19 +73,16 @@ def fit_gguf_configs(
 
     `quantized`: the template is the file that the model was read from, whatever its types.
     """
-    for c in configs:
-        check_budget(c.budget)
     first = configs[0]
-    menu, device, _ = parse_types(first.types), choose_device(first.device), effort_of(first.recover)
+    menu, _ = parse_types(first.types), effort_of(first.recover)
     library()
-    told = reporter_for(first.reporter, first.progress)
-    with memory.opened(model, replace(first, format=first.format or "gguf"), device, told, None) as loaded:
+    with opened(model, [replace(c, format=c.format or "gguf") for c in configs]) as loaded:
         path = first.template
         template = None if path is None else read_template(Path(path), loaded, quantized=quantized)
         found: list[RuntimeModel] = []
         for c in configs:
             frame = _frame(loaded, menu, c.pure, template, reporter_for(c.reporter, c.progress))
-            found.append(_fit_one(loaded, frame, c, device))
+            found.append(_fit_one(loaded, frame, c))
     return found
 
 
@@ -107,15 +100,10 @@ def fit_gguf(model: Model | Path | str, config: FitConfig) -> RuntimeModel:
     return fit_gguf_configs(model, [config])[0]
 
 
-def _fit_one(model: Model, frame: _Frame, config: FitConfig, device: str) -> RuntimeModel:
+def _fit_one(model: Model, frame: _Frame, config: FitConfig) -> RuntimeModel:
     """One fit of a loaded model, from its texts to the measured file."""
-    started, reporter = time.perf_counter(), reporter_for(config.reporter, config.progress)
-    cap = parse_budget(config.budget, model.parameters)
-    floor = _check_floor(frame, cap)
-    store = config.store if isinstance(config.store, Store) else Store(config.store)
-    sets = token_sets(model, config, device, store, reporter, correction_tokens=held_tokens(config))
-    job = Job(model, sets, cap, lambda *_: 0, device, reporter, config, recover=effort_of(config.recover), store=store)
-    (streaming.of(model.module) or model.module).to(device)
+    started, cap = time.perf_counter(), parse_budget(config.budget, model.parameters)
+    floor, job = _check_floor(frame, cap), job_of(model, config)
     items = calibrated(job, frame.layout, frame.types, CODING)
     plain = solve(job, cap - frame.fixed, items)
     tuned = job.recover is not None and not config.dry_run

@@ -41,7 +41,6 @@ from bytecap.system.scratch import Scratch
 _A_PARAMETER = {"cpu": 16, "cuda": 20}  # bytes that a fit in memory takes of the device, measured
 _HOST = 8  # bytes a parameter that a fit on a GPU takes of the machine besides
 _BASE = {"cpu": 700_000_000, "cuda": 3_000_000_000}
-_STREAMED = {OURS, "gguf"}  # formats
 _A_VALUE = 4  # bytes a parameter that a model takes to be scored
 _SPARE = 8  # of a GPU's memory, one part for what is reserved and not in use
 _NO = "the driver or this torch has no segments that grow"
@@ -122,11 +121,11 @@ def opened(
     if isinstance(model, Model):
         yield model
         return
-    found, most = _open(model, config, device, reporter, begin)
+    limit = limit_of(config.memory, device)
+    found, most = _open(model, config, device, limit, reporter, begin)
     with bounded(most) as holds:
         if most is not None:
             says = f"torch reserves at most {most / 1e9:.1f} GB of the GPU"
-            limit = limit_of(config.memory, device)
             says += ", the least that this model needs, which is more than --memory" if most > (limit or most) else ""
             reporter.note(says if holds else f"torch may reserve more of the GPU than --memory says: {_NO}")
         try:
@@ -148,12 +147,12 @@ def _open(
     model: Path | str,
     config: FitConfig,
     device: str,
+    limit: int | None,
     reporter: Reporter,
     begin: Callable[[dict[str, bytes]], None] | None,
 ) -> tuple[Model, int | None]:
     """Open a checkpoint; returns also what the job may reserve of a GPU, if that is bounded."""
     allow = config.allow_unused or ()
-    limit = limit_of(config.memory, device)
     ranks = several.ranks_of(config)
     if limit is not None and config.memory is None and device == "cpu":
         limit //= ranks.on_host
@@ -189,8 +188,6 @@ def _reason(config: FitConfig) -> str | None:
     if config.method != "bytecap":
         return f"method {config.method} needs it in memory"
     kind = format_of(config)
-    if kind not in _STREAMED or config.template is not None:
-        return f"the format {kind} needs it in memory" if kind not in _STREAMED else "a template needs it in memory"
     if config.recover is not None and kind != OURS:
         return f"recovery of the format {kind} needs it in memory"
     if config.paths or config.given:

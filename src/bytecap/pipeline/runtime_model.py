@@ -1,12 +1,13 @@
 """Hold a model in another program's format, and the steps that `fit_gguf` and `fit_directory` share.
 
-Both round tensors by one Hessian and judge them by a second one from held-out windows, and both read what they wrote
-back from disk before they measure it.
+Both open a model, whole or streamed, take tokens from texts, round tensors by one Hessian, judge them by a second one
+from held-out windows, and read what they wrote back from disk before they measure it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,24 @@ from bytecap.calibration.streamed import probe_streamed
 from bytecap.format.ledger import Entry
 from bytecap.job import Job
 from bytecap.job.config import FitConfig
+from bytecap.job.effort import effort_of
+from bytecap.model import streaming
 from bytecap.model.checkpoint import Model
 from bytecap.model.evaluation import Comparison, paired_stderr
 from bytecap.model.quantized_copy import Values, copy_of, load_values
 from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.texts import TokenSets
+from bytecap.pipeline import memory
 from bytecap.pipeline.quality import Comparisons, compare, quality
-from bytecap.progress import Reporter
+from bytecap.pipeline.stages import choose_device
+from bytecap.pipeline.token_sets import token_sets
+from bytecap.progress import Reporter, reporter_for
 from bytecap.runtimes.gguf.menu import Item, choose_shrinkage, items_of
 from bytecap.runtimes.gguf.places import Layout
 from bytecap.runtimes.gguf.rounding import Coding, choose_spans
 from bytecap.runtimes.gguf.stored import StoredMetric, stored_items
+from bytecap.sizes import check_budget, parse_budget
+from bytecap.system.cache import Store
 
 HELD_TOKENS = 16_384  # for the Hessian that judges, and for correction factors
 
@@ -59,6 +67,31 @@ class RuntimeModel:
 def held_tokens(config: FitConfig) -> int:
     """Most tokens for the Hessian that judges: `held_tokens` of the config's options."""
     return int((config.options or {}).get("held_tokens", HELD_TOKENS))
+
+
+@contextmanager
+def opened(model: Model | Path | str, configs: Sequence[FitConfig]) -> Iterator[Model]:
+    """Open a model for fits that differ in their budgets, on the device that they say; streamed if it is large."""
+    for c in configs:
+        check_budget(c.budget)
+    first, device = configs[0], choose_device(configs[0].device)
+    reporter = reporter_for(first.reporter, first.progress)
+    with memory.opened(model, first, device, reporter, None) as loaded:
+        (streaming.of(loaded.module) or loaded.module).to(device)
+        try:
+            yield loaded
+        finally:
+            if isinstance(loaded, StreamedModel) and loaded is not model:
+                loaded.scratch.close()  # nothing that a job returns reads work files
+
+
+def job_of(model: Model, config: FitConfig) -> Job:
+    """Return the job of one fit, with its tokens."""
+    device, reporter = choose_device(config.device), reporter_for(config.reporter, config.progress)
+    store = config.store if isinstance(config.store, Store) else Store(config.store)
+    sets = token_sets(model, config, device, store, reporter, correction_tokens=held_tokens(config))
+    cap, recover = parse_budget(config.budget, model.parameters), effort_of(config.recover)
+    return Job(model, sets, cap, lambda *_: 0, device, reporter, config, recover=recover, store=store)
 
 
 def calibrated(job: Job, layout: Layout, types: Mapping[str, tuple[str, ...]], coding: Coding) -> list[Item]:

@@ -7,9 +7,9 @@ hold their rows; everything else is kept in the model's 16-bit type.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from torch import nn
 from bytecap.errors import CheckpointError, UsageError
 from bytecap.format.decoder import from_matrix
 from bytecap.format.ledger import Entry
+from bytecap.model import streaming
 from bytecap.model.checkpoint import Model
 from bytecap.model.fileset import read_config
 from bytecap.model.linears import linear_weights
+from bytecap.model.quantized_copy import Lazy, Values
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.directory import Family, family
 from bytecap.runtimes.directory.tensors import Tensor, header, ordered, read
@@ -71,15 +73,20 @@ class Contents:
         """All schemes; a point's setting is a place in this."""
         return (*self.family.schemes(), self.float_type.lower())
 
-    def matrix(self, name: str, scheme: str, shape: tuple[int, int], codes: Codes | None = None) -> list[Tensor]:
-        """Tensors of a matrix in a scheme, with contents if `codes` has some."""
+    def matrix(
+        self, name: str, scheme: str, shape: tuple[int, int], codes: Callable[[], Any] | None = None
+    ) -> list[Tensor]:
+        """Tensors of a matrix in a scheme; their contents come of `codes`, whenever they are asked for."""
         form = self.layout(scheme, shape[1])
         if form is None:
             return [Tensor(name, self.float_type, shape)]
         base = name.removesuffix("weight")
         specs = self.family.specs(form, *shape)
-        arrays = [None] * len(specs) if codes is None else list(self.family.arrays(codes))
-        return [Tensor(base + s.suffix, s.dtype, s.shape, a) for s, a in zip(specs, arrays, strict=True)]
+
+        def made(number: int) -> Any:
+            return None if codes is None else lambda: self.family.arrays(codes())[number]
+
+        return [Tensor(base + s.suffix, s.dtype, s.shape, made(i)) for i, s in enumerate(specs)]
 
     def rate(self, name: str, scheme: str, shape: tuple[int, int]) -> int:
         """Bytes of a matrix in a scheme, its names and shapes in the header included."""
@@ -114,26 +121,29 @@ class Contents:
         self, schemes: Mapping[str, str], codes: Mapping[str, Codes | None] | None = None,
         vectors: Mapping[str, Any] | None = None,
     ) -> list[Tensor]:  # fmt: skip
-        """All tensors of the file; with contents if there are `codes`; `vectors` are tuned ones, by name."""
+        """All tensors of the file; `vectors` are tuned ones, by name.
+
+        Contents, if there are `codes`, are made whenever they are asked for.
+        """
         shapes = {p.name: (p.shape[0], p.shape[1]) for p in self.places}
         found = []
         for unit in self.model.units:
             scheme = schemes.get(unit.name, PLAIN[0])
             if scheme not in PLAIN:
-                found += self.matrix(unit.name, scheme, shapes[unit.name], codes[unit.name] if codes else None)
+                known = None if codes is None else partial(codes.__getitem__, unit.name)
+                found += self.matrix(unit.name, scheme, shapes[unit.name], known)
             else:
                 own = (vectors or {}).get(unit.name)
-                found.append(self._plain(unit, own, with_values=codes is not None))
+                kind = self.float_type if unit.dtype in _FLOATS else unit.dtype
+                values = None if codes is None else partial(self._plain, unit, own)
+                found.append(Tensor(unit.name, kind, unit.shape, values))
         return found
 
-    def _plain(self, unit: Unit, own: Any, *, with_values: bool) -> Tensor:
-        kind = self.float_type if unit.dtype in _FLOATS else unit.dtype
-        if not with_values:
-            return Tensor(unit.name, kind, unit.shape)
+    def _plain(self, unit: Unit, own: Any) -> npt.NDArray[Any]:
         if own is not None:
-            return Tensor(unit.name, kind, unit.shape, own.reshape(unit.shape))
+            return np.asarray(own.reshape(unit.shape))
         values = self.model.tensor(unit).detach().cpu()
-        return Tensor(unit.name, kind, unit.shape, (values.float() if values.is_floating_point() else values).numpy())
+        return (values.float() if values.is_floating_point() else values).numpy()
 
     def size(self, schemes: Mapping[str, str]) -> int:
         """Bytes of the whole directory, to the byte."""
@@ -272,8 +282,10 @@ def shared_inputs(model: Model) -> dict[str, str]:
 
     hooks += [m.register_forward_pre_hook(hook) for m in model.module.modules() if id(m) in linears]
     try:
-        device = next(model.module.parameters()).device
-        model.module(torch.zeros(1, _PROBE, dtype=torch.long, device=device))
+        streamed = streaming.of(model.module)
+        device = streamed.device if streamed else next(model.module.parameters()).device
+        few = torch.zeros(1, _PROBE, dtype=torch.long, device=device)
+        streaming.run(model.module, lambda module: module(few))
     finally:
         for h in hooks:
             h.remove()
@@ -285,26 +297,29 @@ def shared_inputs(model: Model) -> dict[str, str]:
     return groups
 
 
-def read_units(kind: Family, directory: Path, units: Sequence[Unit]) -> dict[str, npt.NDArray[Any]]:
-    """Values of all units in stored layout, from a directory's files alone.
+def read_units(kind: Family, directory: Path, units: Sequence[Unit]) -> Values:
+    """Values of all units in stored layout, from a directory's files alone, each read whenever it is asked for.
 
     Raises:
         CheckpointError: the weights are damaged or incomplete.
     """
     tensors = read(directory / WEIGHTS)
     schemes = _schemes(kind, directory)
-    found = {}
-    for unit in units:
-        base = unit.name.removesuffix(".weight")
-        if base in schemes:
-            rows, cols = unit.matrix_shape
-            codes = _codes(kind, tensors, f"{base}.", schemes[base], (rows, cols))
-            found[unit.name] = from_matrix(unit, codes.values())
-        elif unit.name in tensors:
-            found[unit.name] = np.asarray(tensors[unit.name].values)
-        else:
-            raise CheckpointError(f"{directory / WEIGHTS} lacks {unit.name}")
-    return found
+    by_name = {u.name: u for u in units}
+
+    def base_of(name: str) -> str:
+        return name.removesuffix(".weight")
+
+    def make(name: str) -> npt.NDArray[Any]:
+        unit, base = by_name[name], base_of(name)
+        if base not in schemes:
+            return tensors[name].array()
+        return from_matrix(unit, _codes(kind, tensors, f"{base}.", schemes[base], unit.matrix_shape).values())
+
+    lost = next((n for n in by_name if base_of(n) not in schemes and n not in tensors), None)
+    if lost is not None:
+        raise CheckpointError(f"{directory / WEIGHTS} lacks {lost}")
+    return Lazy(list(by_name), make)
 
 
 def _codes(
@@ -317,7 +332,7 @@ def _codes(
             break
         specs = kind.specs(form, *shape)
         if all((t := tensors.get(base + s.suffix)) and (t.dtype, t.shape) == (s.dtype, s.shape) for s in specs):
-            return kind.codes(form, [np.asarray(tensors[base + s.suffix].values) for s in specs])
+            return kind.codes(form, [tensors[base + s.suffix].array() for s in specs])
     raise CheckpointError(f"the tensors of {base[:-1]} are not what the scheme {scheme} asks for")
 
 

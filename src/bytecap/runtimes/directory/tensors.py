@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,13 +30,18 @@ class Tensor:
     """A tensor of a file.
 
     Attributes:
-        values: contents; None where only the size matters.
+        values: contents, or what makes them whenever they are asked for; None where only the size matters.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    values: Array | None = None
+    values: Array | Callable[[], Array] | None = None
+
+    def array(self) -> Array:
+        """Contents."""
+        assert self.values is not None  # noqa: S101 (only sizes are asked of tensors without)
+        return self.values() if callable(self.values) else self.values
 
     @property
     def size(self) -> int:
@@ -44,14 +50,14 @@ class Tensor:
 
     def data(self) -> bytes:
         """Contents as stored, floats rounded to nearest even."""
-        assert self.values is not None  # noqa: S101 (only sizes are asked of tensors without)
+        values = self.array()
         if self.dtype in _WORDS:
-            return np.ascontiguousarray(self.values, _WORDS[self.dtype]).tobytes()
+            return np.ascontiguousarray(values, _WORDS[self.dtype]).tobytes()
         if self.dtype == "BF16":
-            bits = np.ascontiguousarray(self.values, "<f4").view("<u4").astype(np.uint64)
+            bits = np.ascontiguousarray(values, "<f4").view("<u4").astype(np.uint64)
             bits += 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))
             return (bits >> np.uint64(16)).astype("<u2").tobytes()
-        return to_bytes(self.values, self.dtype).tobytes()
+        return to_bytes(values, self.dtype).tobytes()
 
 
 def ordered(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -72,7 +78,7 @@ def header(tensors: Sequence[Tensor], mark: str) -> bytes:
 
 
 def write(f: BinaryIO, tensors: Sequence[Tensor], mark: str) -> int:
-    """Write a file; returns its bytes."""
+    """Write a file tensor by tensor; returns its bytes."""
     tensors = ordered(tensors)
     size = f.write(header(tensors, mark))
     for t in tensors:
@@ -81,28 +87,31 @@ def write(f: BinaryIO, tensors: Sequence[Tensor], mark: str) -> int:
 
 
 def read(path: Path) -> Mapping[str, Tensor]:
-    """All tensors of a file.
+    """All tensors of a file, whose contents are read whenever they are asked for.
 
     Raises:
         CheckpointError: it is damaged.
     """
     check_safetensors(path)
-    return {t.name: t for t in _each(path)}
-
-
-def _each(path: Path) -> Iterator[Tensor]:
-    data = np.memmap(path, np.uint8, "r")
-    length = int.from_bytes(data[:8].tobytes(), "little")
-    for name, entry in json.loads(data[8 : 8 + length].tobytes()).items():
+    found: dict[str, Tensor] = {}
+    with path.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        entries: dict[str, Any] = json.loads(f.read(length))
+    for name, entry in entries.items():
         if name == "__metadata__":
             continue
-        start, stop = entry["data_offsets"]
         kind, shape = entry["dtype"], tuple(entry["shape"])
         if kind not in _WIDTHS:
             raise CheckpointError(f"{path}: tensor {name} has the unknown dtype {kind}")
-        raw = np.array(data[8 + length + start : 8 + length + stop])
-        if kind in _WORDS:
-            values: Array = raw.view(_WORDS[kind])
-        else:
-            values = from_bytes(raw.reshape(-1, _WIDTHS[kind]), kind)
-        yield Tensor(name, kind, shape, values.reshape(shape))
+        values = partial(_values, path, 8 + length + entry["data_offsets"][0], kind, shape)
+        found[name] = Tensor(name, kind, shape, values)
+    return found
+
+
+def _values(path: Path, start: int, kind: str, shape: tuple[int, ...]) -> Array:
+    count = math.prod(shape)
+    raw = np.fromfile(path, np.uint8, count * _WIDTHS[kind], offset=start)
+    if len(raw) < count * _WIDTHS[kind]:
+        raise CheckpointError(f"{path} has become shorter: {len(raw):,} bytes of a tensor are left")
+    values: Array = raw.view(_WORDS[kind]) if kind in _WORDS else from_bytes(raw.reshape(-1, _WIDTHS[kind]), kind)
+    return values.reshape(shape)

@@ -2,11 +2,13 @@
 
 llama.cpp's converter knows every architecture. A file that it wrote in F32, F16 or BF16 says which tensors there are
 and what they hold: every row of a matrix is found again among the rows of the model's units by its values, which gives
-the row order whatever the converter did. Tensors whose rows are not found (computed ones, vectors) are copied.
+the row order whatever the converter did. Rows are known by digests of 16 bytes, so that no model is in memory for it.
+Tensors whose rows are not found (computed ones, vectors) are copied.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,7 +85,7 @@ def read_template(path: Path, model: Model, *, quantized: bool = False) -> GgufT
 
 
 class _Index:
-    """Rows of a model's matrices by their values in a storage type."""
+    """Rows of a model's matrices by digests of their values in a storage type."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -97,7 +99,7 @@ class _Index:
                     continue
                 matrix = as_matrix(unit, self._model.tensor(unit).detach()).float().cpu().numpy()
                 for i, row in enumerate(encode_plain(kind, matrix)):
-                    found.setdefault(row.tobytes(), []).append((unit.name, i))
+                    found.setdefault(_digest(row), []).append((unit.name, i))
             self._rows[kind] = found
         return self._rows[kind]
 
@@ -107,7 +109,7 @@ class _Index:
         if not copied.matrix:
             return copied
         index = self._of(kind)
-        rows = [index.get(r.tobytes(), []) for r in encode_plain(kind, values)]
+        rows = [index.get(_digest(r), []) for r in encode_plain(kind, values)]
         owners = Counter(u for found in rows for u in {u for u, _ in found})
         unit = next((u for u in self._model.units if owners[u.name] == len(rows)), None)
         if unit is None:
@@ -115,6 +117,10 @@ class _Index:
         order = np.array(_places([[i for u, i in found if u == unit.name] for found in rows]), np.intp)
         whole = len(order) == unit.matrix_shape[0] and np.array_equal(order, np.arange(len(order)))
         return Place(name, unit.name, shape, None if whole else order)
+
+
+def _digest(row: Array) -> bytes:
+    return hashlib.blake2b(row.tobytes(), digest_size=16).digest()
 
 
 def _places(candidates: list[list[int]]) -> list[int]:
