@@ -6,9 +6,11 @@ import pytest
 
 import bytecap
 from bytecap.job.config import FitConfig
+from bytecap.model import streaming
 from bytecap.model.checkpoint import load_checkpoint
 from bytecap.pipeline import memory
 from bytecap.progress import Silent
+from bytecap.runtimes.gguf import streamed_tuning
 from bytecap.runtimes.gguf.export import write_plain
 from bytecap.runtimes.gguf.places import layout_of
 from conftest import SMALL
@@ -50,14 +52,39 @@ def test_a_template_serves_a_streamed_fit(model_directory, texts, tmp_path) -> N
     assert found[0].path.read_bytes() == found[1].path.read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [({"format": "mlx", "recover": 1}, "recovery of the format mlx"), ({"recover": 1}, "recovery")],
-)
-def test_what_is_not_streamed_says_so(model_directory, options, reason) -> None:
-    config, told = FitConfig(10**9, **{"format": "gguf", "memory": "1MB", **options}), Silent()
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "size"), [("gguf", 60_000), ("mlx", 30_000)])
+def test_recovery_of_a_streamed_fit_moves_numbers_of_blocks(
+    model_directory, texts, tmp_path, kind, size, monkeypatch
+) -> None:
+    directory, told, starts = model_directory("rotary", num_hidden_layers=3), Silent(), {}
+    tune = streamed_tuning.tune_values
+
+    def watched(job, model, source, values):
+        with streaming.of(source.module).block(1) as module:  # at the start tensors are what is coded
+            own = dict(module.named_parameters())
+            found = values.weights(1, module)
+            starts.update({n: float((v.detach() - own[n]).abs().max()) for n, v in found.items()})
+        return tune(job, model, source, values)
+
+    monkeypatch.setattr(streamed_tuning, "tune_values", watched)
+    result = bytecap.fit(
+        directory, size, format=kind, output=tmp_path / f"out.{kind}", calibration=texts["calib"], memory="1MB",
+        evaluation=texts["val"], recover="12", reporter=told, **SMALL,
+    )  # fmt: skip
+    assert {"input_layernorm.weight", "post_attention_layernorm.weight"} < starts.keys()  # and what is in blocks
+    assert max(starts.values()) < 1e-3
+    assert any("scales, minimums, norms and biases" in n for n in told.notes)
+    record = result.report["recovery"]
+    assert record["stages"][0]["moves"] == 12
+    assert record["stages"][0]["kl"] <= record["kl_before"]
+    assert "without_recovery" in result.report
+    assert result.report["file_bytes"] <= size
+
+
+def test_what_is_not_streamed_says_so(model_directory) -> None:
+    config, told = FitConfig(10**9, method="golf", memory="1MB"), Silent()
     with memory.opened(model_directory("rotary"), config, "cpu", told, None):
         pass
     assert len(told.notes) == 1
-    assert "is not streamed" in told.notes[0]
-    assert reason in told.notes[0]
+    assert "is not streamed: method golf needs it in memory" in told.notes[0]

@@ -9,7 +9,7 @@ import torch
 from bytecap.model.checkpoint import load_checkpoint
 from bytecap.runtimes.directory import family
 from bytecap.runtimes.directory.contents import contents_of
-from bytecap.runtimes.gguf import tuning
+from bytecap.runtimes.gguf import numbers
 from bytecap.runtimes.gguf.solve import Found
 
 
@@ -21,8 +21,8 @@ def test_tables_that_stay_in_16_bits_are_tuned(name, model_directory) -> None:
     assert contents.tables() == ({table} if name == "compressed-tensors" else set())
     job, found = SimpleNamespace(model=model, device="cpu"), Found(None, {}, {}, {}, 0.0, 0)
     parts = (job, contents.tuned(), [], found, "BF16")
-    owners = {o.unit.name: o for o in tuning.owners_of(*parts, contents.tables())}
-    others = {o.unit.name for o in tuning.owners_of(*parts, ())}
+    owners = {o.unit.name: o for o in numbers.owners_of(*parts, contents.tables())}
+    others = {o.unit.name for o in numbers.owners_of(*parts, ())}
     assert owners.keys() - others == contents.tables()
     if name == "mlx":
         return
@@ -31,6 +31,6 @@ def test_tables_that_stay_in_16_bits_are_tuned(name, model_directory) -> None:
         owners[table].parts[0].leaves[0].fill_(0.5)
         values = owners[table].values()
     assert torch.equal(values, (own + 0.5 * own.abs().mean()).bfloat16().float())
-    written = tuning._written([], found, list(owners.values())).vectors
+    written = numbers.written([], found, owners.values(), lambda rounded: rounded).vectors
     tensors = {t.name: t for t in contents.tensors({}, {}, written)}
     assert np.array_equal(tensors[table].array(), values.numpy())

@@ -187,9 +187,6 @@ def _reason(config: FitConfig) -> str | None:
     """Why options ask for a model in memory."""
     if config.method != "bytecap":
         return f"method {config.method} needs it in memory"
-    kind = format_of(config)
-    if config.recover is not None and kind != OURS:
-        return f"recovery of the format {kind} needs it in memory"
     if config.paths or config.given:
         return "overlays and given sections need it in memory"
     return "an update of a base needs it in memory" if config.base else None

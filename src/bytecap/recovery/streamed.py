@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,34 @@ _SAID = (
     "integers too"
 )
 _MOST = 2.0**30  # steps of a vector's value
+
+
+class Tuned(Protocol):
+    """Values of a streamed model's blocks that are tuned."""
+
+    def rates(self) -> list[tuple[Tensor, float]]:
+        """Return what is tuned, with first learning rates."""
+        ...
+
+    def weights(self, number: int, block: nn.Module) -> Mapping[str, Tensor]:
+        """Return the tuned parameters of a loaded block as a file would hold them; gradients pass through rounding."""
+        ...
+
+    def storable(self) -> bool:
+        """Return whether a file can hold the values; moves that diverge end that."""
+        ...
+
+    def snapshot(self) -> list[Tensor]:
+        """Return copies of what is tuned."""
+        ...
+
+    def restore(self, kept: Sequence[Tensor]) -> None:
+        """Go back to a snapshot."""
+        ...
+
+    def stored(self) -> Values:
+        """Return all values in stored layout, as a file would hold them."""
+        ...
 
 
 class StreamedValues:
@@ -145,12 +173,26 @@ def tune_streamed(
         state: what would be shipped without recovery.
         last: matrices that may be rounded anew to meet the cap.
     """
-    assert job.recover is not None  # noqa: S101 (callers ask first)
     job.reporter.note(_SAID)
-    original, source, checked = model.streamed, model.streamed.copy(), model.streamed.copy()
+    source = model.streamed.copy()
     source.load(unit_values(planner, state))
-    values, passes = StreamedValues(planner, state, source), Passes(job, checked.module)
-    batch = pass_tokens(model.module, original.device)
+    values = StreamedValues(planner, state, source)
+    best, record = tune_values(job, model, source, values)
+    return values.settle(last) if best < record["kl_before"] else None, record
+
+
+def tune_values(job: Job, model: StreamedModel, source: Streamed, values: Tuned) -> tuple[float, dict[str, Any]]:
+    """Tune values in place, to the best that was seen; returns its KL on the correction tokens, and a record.
+
+    Args:
+        job: names the tokens and the effort.
+        model: the job's model.
+        source: a coded copy of it, with the values as they are before.
+        values: of its blocks.
+    """
+    assert job.recover is not None  # noqa: S101 (callers ask first)
+    original, checked = model.streamed, model.streamed.copy()
+    passes, batch = Passes(job, checked.module), pass_tokens(model.module, original.device)
 
     def check() -> tuple[float, list[Tensor]]:
         checked.load(values.stored())
@@ -177,6 +219,4 @@ def tune_streamed(
     )
     passes.say_short()
     stage = {"stage": "values", "kl": best, "moves": clock.iterations, "seconds": round(clock.seconds, 1)}
-    return values.settle(last) if best < start else None, {
-        "tokens": passes.read, "kl_before": start, "stages": [stage], "curve": passes.curve,
-    }  # fmt: skip
+    return best, {"tokens": passes.read, "kl_before": start, "stages": [stage], "curve": passes.curve}

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,151 +22,24 @@ from bytecap.allocation.asymmetric_targets import order_of
 from bytecap.job import Job
 from bytecap.job.effort import Effort
 from bytecap.model.forward import pass_tokens
-from bytecap.model.quantized_copy import Values, as_stored, copy_of, load_values
+from bytecap.model.quantized_copy import Values, copy_of, load_values
+from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.recovery import loop
 from bytecap.recovery.group_walk import GroupWalk
 from bytecap.recovery.kl_passes import Passes, same_again
 from bytecap.recovery.loop import Clock, Schedule
-from bytecap.runtimes.blocks import Codes
-from bytecap.runtimes.gguf.export import values_of
 from bytecap.runtimes.gguf.menu import Item
-from bytecap.runtimes.gguf.places import Layout, Place
+from bytecap.runtimes.gguf.numbers import Owner, owners_of, written
+from bytecap.runtimes.gguf.places import Layout
 from bytecap.runtimes.gguf.recoding import BlockUnits, code_anew
-from bytecap.runtimes.gguf.rounding import Coding, Rounded
-from bytecap.runtimes.gguf.solve import Found, rounded_values
-from bytecap.types import Unit
+from bytecap.runtimes.gguf.rounding import Coding
+from bytecap.runtimes.gguf.solve import Found, keep_of, rounded_values
+from bytecap.runtimes.gguf.streamed_tuning import tune_streamed_blocks
 
 RATE = 1.5e-3  # first learning rate, relative to each number
 _SCHEDULE = Schedule(warming=10, checks=8, apart=5, last=0.1, what="scales and vectors")
 _CODING = 0.7  # share of the effort in which tensors are coded anew
 _MANY = 100  # iterations from which that pays: in 28 new codes were no better, in 140 they were (LOG.md)
-_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-
-
-def _stored(now: Tensor, kind: torch.dtype) -> Tensor:
-    """Numbers as the file holds them, with the gradient going straight through."""
-    return now + (now.to(kind).float() - now).detach()
-
-
-class _Scales:
-    """A tensor in a block format as a function of its floating-point numbers."""
-
-    def __init__(self, place: Place, codes: Codes, device: str) -> None:
-        self.place, self.codes, form = place, codes, codes.format
-        self.kind = _FLOATS[form.float_type]
-        rows, per = len(codes.codes), form.block // form.sub
-        blocks = codes.scale.shape[1]
-        self.joined = form.minimums > 1 and not form.two_level  # the minimum is a multiple of the scale
-
-        def there(array: Any) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array, np.float32)).to(device)
-
-        level = codes.codes.reshape(rows, blocks, per, -1) * codes.sub_scales.reshape(rows, blocks, per, 1).astype(
-            np.int16
-        )
-        less = np.repeat(codes.sub_minimums.reshape(rows, blocks, per), form.sub, 2)
-        self.level = there(level).reshape(rows, blocks, -1) * form.unit
-        self.less = None
-        if self.joined:
-            self.level -= there(less)
-        elif form.minimums:
-            self.less = there(less)
-        self.start = there(codes.scale), there(codes.minimum)
-        count = 1 if self.less is None else 2
-        self.leaves = [torch.zeros_like(s, requires_grad=True) for s in self.start[:count]]
-
-    def numbers(self) -> list[Tensor]:
-        """Scale and minimum as the file holds them, with gradient."""
-        return [
-            _stored(start * (1 + change), self.kind) for start, change in zip(self.start, self.leaves, strict=False)
-        ]
-
-    def values(self) -> Tensor:
-        """(rows, cols) in the file's order, with gradient."""
-        numbers = self.numbers()
-        found = numbers[0][..., None] * self.level
-        if self.less is not None:
-            found = found - numbers[1][..., None] * self.less
-        return found.reshape(len(self.level), -1)
-
-    def written(self) -> Codes:
-        """As the file would hold it now."""
-        numbers = [n.detach().cpu().numpy().astype(self.codes.scale.dtype) for n in self.numbers()]
-        scale = numbers[0]
-        minimum = scale if self.joined else numbers[1] if len(numbers) > 1 else self.codes.minimum
-        return replace(self.codes, scale=scale, minimum=minimum)
-
-
-class _Plain:
-    """A vector or a table, which the file holds in a floating-point type."""
-
-    def __init__(self, place: Place, values: Any, float_type: str, device: str) -> None:
-        self.place, self.kind = place, _FLOATS[float_type]
-        self.start = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(device)
-        self.size = max(float(self.start.abs().mean()), 1e-8)
-        self.leaves = [torch.zeros_like(self.start, requires_grad=True)]
-
-    def values(self) -> Tensor:
-        """(rows, cols), one row for a vector, with gradient."""
-        return _stored(self.start + self.size * self.leaves[0], self.kind)
-
-
-@dataclass(frozen=True)
-class _Owner:
-    """A unit, the values of it that are tuned, and its rows' places in that order."""
-
-    unit: Unit
-    parts: tuple[_Scales | _Plain, ...]
-    order: Tensor | None
-
-    def values(self) -> Tensor:
-        """In stored layout, with gradient."""
-        found = torch.cat([p.values() - p.place.offset for p in self.parts])
-        if self.order is not None:
-            found = found[self.order]
-        matrix = found.reshape(self.unit.matrix_shape)
-        return as_stored(self.unit, matrix)
-
-
-def owners_of(
-    job: Job, layout: Layout, items: Sequence[Item], found: Found, vectors: str, tables: Collection[str]
-) -> list[_Owner]:
-    """Return every unit all of whose stored values can be tuned; `vectors` and `tables` as `tune_blocks` has them."""
-    by_name = {i.place.name: i for i in items}
-    owners = []
-    for unit in job.model.units:
-        parts: list[_Scales | _Plain] = []
-        places = layout.of(unit.name)
-        for p in places:
-            codes = found.rounded[p.name].codes if p.name in by_name else None
-            if codes is not None and codes.format.float_type in _FLOATS:
-                parts.append(_Scales(p, codes, job.device))
-            elif p.name not in by_name and p.rows is None and (len(p.shape) == 1 or p.name in tables):
-                parts.append(_Plain(p, values_of(job.model, p), vectors, job.device))
-        if not parts or len(parts) != len(places):
-            continue
-        rows = [np.arange(p.parameters // p.cols) if p.rows is None else p.rows for p in places]
-        order = None
-        if any(p.rows is not None for p in places):
-            order = torch.from_numpy(np.argsort(np.concatenate(rows))).to(job.device)
-        owners.append(_Owner(unit, tuple(parts), order))
-    return owners
-
-
-def _written(items: Sequence[Item], found: Found, owners: Sequence[_Owner]) -> Found:
-    """The plan with numbers as they are now."""
-    by_name = {i.place.name: i for i in items}
-    rounded, vectors = dict(found.rounded), dict(found.vectors)
-    for part in (p for o in owners for p in o.parts):
-        name = part.place.name
-        if isinstance(part, _Plain):
-            vectors[name] = part.values().detach().cpu().numpy().reshape(1, -1)
-            continue
-        codes, item = part.written(), by_name[name]
-        values = codes.values()
-        lost = item.lost(torch.from_numpy(values).to(item.device))
-        rounded[name] = Rounded(codes, values, *lost, rounded[name].alone)
-    return replace(found, rounded=rounded, vectors=vectors)
 
 
 @dataclass(frozen=True)
@@ -198,6 +70,8 @@ def tune_blocks(
         tables: names of matrices of that type which are tuned as well, number by number.
     """
     assert job.recover is not None  # noqa: S101 (callers ask first)
+    if isinstance(job.model, StreamedModel):
+        return tune_streamed_blocks(job, job.model, layout, items, found, vectors)
     quantized_copy, stages = copy_of(job.model.module), list[dict[str, Any]]()
     passes, file = Passes(job, quantized_copy), _File(layout, items, coding, found, vectors, tables)
     with same_again(job.device), job.reporter.step("recovery", 1) as advance:
@@ -273,10 +147,10 @@ def _tune_numbers(
     with torch.no_grad():
         for leaf, value in zip(leaves, kept, strict=True):
             leaf.copy_(value)
-    return best, _written(file.items, file.found, owners)
+    return best, written(file.items, file.found, owners, keep_of(job.model))
 
 
-def _iterate(passes: Passes, owners: Sequence[_Owner], optimizer: torch.optim.Adam, rate: float) -> float:
+def _iterate(passes: Passes, owners: Sequence[Owner], optimizer: torch.optim.Adam, rate: float) -> float:
     """Make one iteration at a share of the first rate; returns the mean KL before it."""
     optimizer.zero_grad()
     kl = passes.backward({o.unit.name: o.values() for o in owners})
