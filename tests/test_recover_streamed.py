@@ -212,7 +212,6 @@ def test_a_whole_fit_is_never_worse_and_the_same_twice(model_directory, texts, t
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == ["0.bcap", "1.bcap"]
 
 
-def test_what_recovery_needs_in_memory_is_named():
-    assert memory._reason(FitConfig(BUDGET, recover="5")) is None
-    said = memory._reason(FitConfig(BUDGET, recover="5", format="gguf"))
-    assert said == "recovery of the format gguf needs it in memory"
+@pytest.mark.parametrize("kind", ["bcap", "gguf", "mlx"])
+def test_recovery_streams_in_every_format(kind):
+    assert memory._reason(FitConfig(BUDGET, recover="5", format=kind)) is None
