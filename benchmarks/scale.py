@@ -152,8 +152,7 @@ def _fit(args: argparse.Namespace, ranks: Any) -> None:
     steps, began = Noted(), time.perf_counter()
     text: dict[str, Any] = {"calibration": "general"} if args.calib is None else {"calibration": args.calib}
     output = args.child / {"gguf": "out.gguf", "bcap": "out.bcap"}.get(args.format, "out")
-    if args.format == "bcap":
-        text |= {"ranks": ranks}
+    text |= {"ranks": ranks} if args.format == "bcap" else {"types": args.types.split(",") if args.types else None}
     result = bytecap.fit(
         str(args.child), f"{args.bits}bpp", output=output, device=args.device, tokens=args.tokens, format=args.format,
         evaluation_tokens=args.eval_tokens, memory=args.memory, seed=args.seed, effort=args.effort, reporter=steps,
@@ -203,7 +202,7 @@ def one(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             row = {"benchmark": "scale", "model": name, "gpus": gpus, "process_seconds": round(
                 time.perf_counter() - began, 1), **found, "bits": args.bits, "tokens": args.tokens, "seed": args.seed,
                 "memory": args.memory, "effort": args.effort, "dtype": args.dtype, "format": args.format,
-                "host": host(), "date": time.strftime("%Y-%m-%d"), "command": _command(args)}  # fmt: skip
+                "types": args.types, "host": host(), "date": time.strftime("%Y-%m-%d"), "command": _command(args)}  # fmt: skip
             if rows:
                 row["speed_up"] = round(rows[0]["seconds"] / row["seconds"], 2)
                 row["same_bytes"] = rows[0]["sha256"] == row["sha256"]
@@ -219,7 +218,7 @@ def _started(name: str, directory: Path, gpus: int, args: argparse.Namespace) ->
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))  # torchrun would set 1
     options = [f"--{n}={getattr(args, n)}" for n in ("bits", "tokens", "device", "seed")]
     options += [f"--eval-tokens={args.eval_tokens}", f"--format={args.format}"]
-    options += [f"--{n}={v}" for n in ("memory", "calib", "effort") if (v := getattr(args, n)) is not None]
+    options += [f"--{n}={v}" for n in ("memory", "calib", "effort", "types") if (v := getattr(args, n)) is not None]
     done = subprocess.run(
         [*start, __file__, f"--child={directory}", *options], stdout=subprocess.PIPE, text=True, check=False,
         env=environment,
@@ -246,6 +245,7 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--effort", type=int, help="of the fit")
     p.add_argument("--format", default="bcap", choices=["bcap", "gguf", "mlx", "compressed-tensors"])
+    p.add_argument("--types", help="of formats of other programs, by comma")
     p.add_argument("--gpus", type=_numbers, default=[1], help="numbers of ranks, by comma")
     p.add_argument("--dtype", default="bfloat16", help="of the checkpoint on disk")
     p.add_argument("--calib", help="calibration text instead of the embedded general one")
