@@ -202,7 +202,8 @@ def one(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             row = {"benchmark": "scale", "model": name, "gpus": gpus, "process_seconds": round(
                 time.perf_counter() - began, 1), **found, "bits": args.bits, "tokens": args.tokens, "seed": args.seed,
                 "memory": args.memory, "effort": args.effort, "dtype": args.dtype, "format": args.format,
-                "types": args.types, "host": host(), "date": time.strftime("%Y-%m-%d"), "command": _command(args)}  # fmt: skip
+                "types": args.types, "host": host(), "date": time.strftime("%Y-%m-%d"),
+                "command": _command(args)}  # fmt: skip
             if rows:
                 row["speed_up"] = round(rows[0]["seconds"] / row["seconds"], 2)
                 row["same_bytes"] = rows[0]["sha256"] == row["sha256"]
