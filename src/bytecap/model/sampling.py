@@ -53,6 +53,8 @@ def sample(
             torch.cuda.empty_cache()
             continue
         found += [Window(tuple(row), 0) for row in ids.tolist()]
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # keys and values of nothing that comes later: other jobs may need the room
     return tuple(found)
 
 
