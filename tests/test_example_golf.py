@@ -174,14 +174,14 @@ def test_training_learns_and_repeats(example, tmp_path, monkeypatch):
     for run in range(2):
         out = tmp_path / f"{run}.pt"
         command = [str(FOLDER / "train.py"), "--factory", "mini_looped", "--data", str(shards)]
-        command += ["--steps", "16", "--batch", "1024", "--device", "cpu", "-o", str(out)]
+        command += ["--steps", "20", "--batch", "512", "--device", "cpu", "-o", str(out)]
         if run == 0:
             subprocess.run([sys.executable, *command], check=True, capture_output=True)  # noqa: S603
         else:
             monkeypatch.setattr(sys, "argv", command)
             example["train"].main()
         facts = json.loads(out.with_suffix(".json").read_text())
-        assert facts["log"][-1]["step"] == 16
+        assert facts["log"][-1]["step"] == 20
         scores.append(facts["loss"])
     assert scores[0] == scores[1]
     assert scores[0] < math.log(1024) - 0.8
