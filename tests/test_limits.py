@@ -97,6 +97,7 @@ def file_size(most):
     """Function: nothing larger than `most` bytes can be written."""
 
     def limit():
+        sys.dont_write_bytecode = True  # Python would keep the first `most` bytes of it, for everyone
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
