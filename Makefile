@@ -62,11 +62,11 @@ fast: $(INSTALLED)
 	$(PYTEST) -m 'not slow and not nightly and not browser' --hypothesis-profile=fast
 
 # Two workers and two passes would each compile the same kernels at the same time, so a few tests that need most of them
-# come first, in two processes of equal length. Then mypy and the two passes of `numeric` take a process each, one after
+# come first, in two processes, with ruff in what the shorter one leaves. Then mypy and the two passes of `numeric` take a process each, one after
 # the other, beside the two of the suite: no core waits for whatever ends last.
-test: style
-	$(MAKE) --no-print-directory -j2 kernels
-	$(MAKE) --no-print-directory -j2 suite types avx2 sse
+test: $(INSTALLED)
+	$(MAKE) --no-print-directory -j2 kernels style
+	$(MAKE) --no-print-directory -j2 suite types $(PASSES)
 
 kernels: scalars vectors
 scalars: KERNELS := 'tests/test_blocks.py::test_threads_and_company_change_nothing[Q2_K]'
@@ -94,12 +94,14 @@ nightly: test coverage harness
 
 # What a test says of floating point holds on any processor, so tests of that run again on capped instruction sets, with
 # the sums of other kernels. Where the variables mean nothing they simply run again. The two passes run beside one another,
-# a process each: what a process imports, compiles and fits once would be done twice by two workers.
+# a process each: what a process imports, compiles and fits once would be done twice by two workers. On a processor that
+# has AVX2 and nothing beyond it the suite itself is the first pass, and is not run again.
 AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell MKL_CBWR=AVX2
 SSE := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott MKL_CBWR=COMPATIBLE
+PASSES := $(shell grep -qw avx2 /proc/cpuinfo 2>/dev/null && ! grep -qw avx512f /proc/cpuinfo || echo avx2) sse
 NUMERIC = $(BIN)/pytest -p no:xdist -m 'numeric and $(TIER)' $$(grep -l 'mark\.numeric' tests/test_*.py)
 numeric: $(INSTALLED)
-	$(MAKE) --no-print-directory -j2 avx2 sse
+	$(MAKE) --no-print-directory -j2 $(PASSES)
 
 avx2: $(INSTALLED)
 	$(AVX2) $(NUMERIC)

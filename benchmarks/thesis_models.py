@@ -35,6 +35,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from bytecap.model.forward import fast_dtype
+
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "src" / "bytecap" / "data" / "demo"
 PASSES = 3  # of the looped recipe
@@ -105,7 +107,8 @@ def draw(stream: npt.NDArray[np.uint16], rng: np.random.Generator, count: int, w
 
 def loss_of(module: nn.Module, ids: Tensor) -> Tensor:
     """Mean cross entropy of the next tokens of ids (batch, length)."""
-    with torch.autocast(ids.device.type, torch.bfloat16):
+    fast = fast_dtype(ids.device)
+    with torch.autocast(ids.device.type, fast, enabled=fast is not torch.float32):
         logits = module(ids[:, :-1]).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
 

@@ -6,6 +6,7 @@ import re
 import resource
 import signal
 import struct
+import sys
 import zlib
 
 import pytest
@@ -311,7 +312,8 @@ class TestBadOutputs:
         assert str(tmp_path / "out.bcap") in refused(*job())
 
     @pytest.mark.parametrize("before", [None, b"the old file"])
-    def test_disk_full_leaves_nothing_behind_and_the_old_file_intact(self, refused, job, tmp_path, before):
+    def test_disk_full_leaves_nothing_behind_and_the_old_file_intact(self, refused, job, tmp_path, monkeypatch, before):
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python would keep the first bytes of it, for everyone
         output = tmp_path / "out.bcap"
         if before is not None:
             output.write_bytes(before)

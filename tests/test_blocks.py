@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import cache
 
 import numpy as np
 import pytest
@@ -48,9 +49,12 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return bool((np.isnan(a) == np.isnan(b)).all() and (a.view(np.uint32)[sound] == b.view(np.uint32)[sound]).all())
 
 
+@cache
 def hessian(cols: int, seed: int = 0) -> torch.Tensor:
-    x = torch.randn(4 * cols, cols, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    x = x @ (torch.eye(cols, dtype=torch.float64) + 0.1 * torch.randn(cols, cols, dtype=torch.float64))
+    """Second moments (cols, cols), the same at every call; nobody changes them."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(4 * cols, cols, generator=draw, dtype=torch.float64)
+    x = x @ (torch.eye(cols, dtype=torch.float64) + 0.1 * torch.randn(cols, cols, generator=draw, dtype=torch.float64))
     return x.T @ x / len(x)
 
 

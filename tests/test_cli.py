@@ -156,8 +156,9 @@ class TestHelp:
 
         from bytecap.cli.app import app
 
+        everything = get_command(app)
         for words in self.COMMANDS:
-            command = get_command(app)
+            command = everything
             for word in words:
                 command = command.commands[word]
             yield from ((" ".join(words), p) for p in command.params if p.param_type_name == "option")

@@ -142,6 +142,31 @@ def test_uniform_predictions_score_the_vocabulary(example, shards):
     assert score["bits_per_byte"] == pytest.approx(10 * 2999 / score["bytes"], rel=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (8, 8)])
+def test_steps_are_those_of_torchs_muon(example, monkeypatch, shape):
+    """In bfloat16 in every bit; in float32, which a processor takes, singular values end as near to 1."""
+    train = example["train"]
+    assert train.products(torch.device("cuda")) is torch.bfloat16
+    draw = torch.Generator().manual_seed(0)
+    first, gradients = torch.randn(shape, generator=draw), torch.randn(3, *shape, generator=draw)
+    assert train.orthogonal(first).dtype is torch.float32
+    values = torch.linalg.svdvals(train.orthogonal(first))
+    assert values.min() > 0.5
+    assert values.max() < 1.5
+    monkeypatch.setattr(train, "products", lambda _: torch.bfloat16)
+    ours, theirs = torch.nn.Parameter(first.clone()), torch.nn.Parameter(first.clone())
+    steps = [
+        train.Muon([ours], rate=0.1, decay=0.2, momentum=0.9),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.2, momentum=0.9),
+    ]
+    for g in gradients:
+        ours.grad, theirs.grad = g.clone(), g.clone()
+        for s in steps:
+            s.step()
+    assert torch.equal(ours, theirs)
+    assert not torch.allclose(ours, first)
+
+
 @pytest.mark.slow
 def test_training_learns_and_repeats(example, tmp_path, monkeypatch):
     """The script in a process of its own, and called in this one, whose imports are there."""
@@ -149,14 +174,14 @@ def test_training_learns_and_repeats(example, tmp_path, monkeypatch):
     for run in range(2):
         out = tmp_path / f"{run}.pt"
         command = [str(FOLDER / "train.py"), "--factory", "mini_looped", "--data", str(shards)]
-        command += ["--steps", "16", "--batch", "1024", "--device", "cpu", "-o", str(out)]
+        command += ["--steps", "20", "--batch", "512", "--device", "cpu", "-o", str(out)]
         if run == 0:
             subprocess.run([sys.executable, *command], check=True, capture_output=True)  # noqa: S603
         else:
             monkeypatch.setattr(sys, "argv", command)
             example["train"].main()
         facts = json.loads(out.with_suffix(".json").read_text())
-        assert facts["log"][-1]["step"] == 16
+        assert facts["log"][-1]["step"] == 20
         scores.append(facts["loss"])
     assert scores[0] == scores[1]
     assert scores[0] < math.log(1024) - 0.8

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from bytecap.model.forward import GPU_BATCHES, batch_tokens, many_tokens, rough_products
+from bytecap.model.forward import (
+    GPU_BATCHES,
+    batch_tokens,
+    fast_dtype,
+    is_far_faster,
+    many_tokens,
+    rough_products,
+)
+from bytecap.model.sampling import _autocast
 from bytecap.model.texts import Window
 
 
@@ -15,6 +23,22 @@ def test_products_are_rough_on_a_gpu_alone_and_only_inside(device, wanted, insid
     with rough_products(device, wanted=wanted):
         assert torch.get_float32_matmul_precision() == (before if inside == "highest" else inside)
     assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_products_are_in_bfloat16_only_where_it_is_native(native, monkeypatch):
+    """torch says of a GPU that emulates it that it is supported."""
+    fast = torch.bfloat16 if native else torch.float32
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native)
+    assert fast_dtype(torch.device("cpu")) is fast
+    assert not is_far_faster(torch.device("cpu"))
+    monkeypatch.setattr("torch.version.hip", None)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *_, **__: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (8, 0) if native else (7, 5))
+    assert fast_dtype(torch.device("cuda")) is fast
+    assert is_far_faster(torch.device("cuda:0")) is native
+    with _autocast("cpu"):
+        assert not torch.is_autocast_enabled("cpu")
 
 
 def test_a_gpu_takes_larger_batches_but_several():

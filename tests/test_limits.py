@@ -97,6 +97,7 @@ def file_size(most):
     """Function: nothing larger than `most` bytes can be written."""
 
     def limit():
+        sys.dont_write_bytecode = True  # Python would keep the first `most` bytes of it, for everyone
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
@@ -338,6 +339,9 @@ class TestMemory:
             (RuntimeError("CUDA out of memory. Tried to allocate"), True), (RuntimeError("size mismatch"), False),
             (OSError("libx.so: failed to map segment: Cannot allocate memory"), True),
             (ValueError("out of memory"), False),
+            (RuntimeError("CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"), True),
+            (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasGemmEx`"), True),
+            (RuntimeError("CUSOLVER_STATUS_EXECUTION_FAILED, when calling `cusolverDnSpotrf`"), False),
         ],
     )  # fmt: skip
     def test_what_counts_as_lack_of_memory(self, exc, is_one):

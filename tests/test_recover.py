@@ -125,7 +125,7 @@ class TestWholeFits:
             return gradient(*args, fast=fast, **kwargs)
 
         monkeypatch.setattr(kl_passes, "gradient", noted)
-        monkeypatch.setattr(kl_passes, "_is_fast", lambda *_: True)
+        monkeypatch.setattr(kl_passes, "is_far_faster", lambda *_: True)
         found, notes = fit(recover="6")
         assert kinds == [True] * 3 + [False] * (len(kinds) - 3)
         assert len(kinds) >= 7

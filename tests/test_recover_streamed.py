@@ -2,6 +2,8 @@
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -32,22 +34,35 @@ from bytecap.system.scratch import Scratch
 from conftest import BUDGET, SMALL, VOCABULARY
 
 
-@pytest.fixture
-def planned(model_directory, texts, tmp_path):
-    """Function: a job of a streamed model, and its plan."""
+@pytest.fixture(scope="module")
+def plans(model_directory, texts, tmp_path_factory):
+    """Function: a job of a streamed model of a family, and its plan, made once; nothing changes them."""
 
-    def make(effort="4", kind="rotary"):
+    @cache
+    def make(kind):
+        scratch = Scratch(tmp_path_factory.mktemp(kind))
         model = open_streamed(
-            model_directory(kind, num_hidden_layers=3, dtype=torch.float32), Scratch(tmp_path), device="cpu"
-        )
+            model_directory(kind, num_hidden_layers=3, dtype=torch.float32), scratch, device="cpu"
+        )  # fmt: skip
         sets = load_sets(
             model, texts["calib"], texts["val"], tokens=1500, evaluation_tokens=600, window=64, reporter=Silent()
         )
-        job = Job(model, sets, BUDGET, lambda *_: 0, "cpu", Silent(), FitConfig(BUDGET), recover=Effort.parse(effort))
+        job = Job(model, sets, BUDGET, lambda *_: 0, "cpu", Silent(), FitConfig(BUDGET))
         planner = preparation.prepare_streamed(job, model, Options()).planner
         multipliers, size = dict.fromkeys(planner.names, 1.0), planner.parameters * 3 // 8
         _, state = planner.search(multipliers, size, initial_rules(planner.options), start=planner.first_step(size))
         return job, planner, state
+
+    return make
+
+
+@pytest.fixture
+def planned(plans):
+    """Function: a job of a streamed model to be recovered, with a reporter of its own, and its plan."""
+
+    def make(effort="4", kind="rotary"):
+        job, planner, state = plans(kind)
+        return replace(job, reporter=Silent(), recover=Effort.parse(effort)), planner, state
 
     return make
 
@@ -191,7 +206,7 @@ class TestValues:
 @pytest.mark.slow
 @pytest.mark.numeric
 def test_a_whole_fit_is_never_worse_and_the_same_twice(model_directory, texts, tmp_path):
-    directory = model_directory("rotary", num_hidden_layers=3)
+    directory = model_directory("rotary")
     files = {"calibration": texts["calib"], "evaluation": texts["val"], "memory": "1MB", **SMALL}
     plain = bytecap.fit(directory, BUDGET, **files)
     found, again = (

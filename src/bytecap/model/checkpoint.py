@@ -133,16 +133,11 @@ def _from_hub(name: str) -> Path:
 
 def check_finite(units: tuple[Unit, ...], module: torch.nn.Module) -> None:
     """Refuse infinities and NaN in parameters, naming tensor and index; buffers are stored exactly with theirs."""
-    import torch
+    from bytecap.model.finite import check  # which imports torch; this module must not
 
     tensors, buffers = tensors_of(module), dict(module.named_buffers(remove_duplicate=False))
     for unit in (u for u in units if u.name not in buffers):
-        tensor = tensors[unit.name]
-        bad = ~torch.isfinite(tensor)
-        if bool(bad.any()):
-            index = tuple(int(i) for i in bad.nonzero()[0])
-            value = float(tensor[index] if index else tensor)
-            raise CheckpointError(f"tensor {unit.name} holds {value} at index {list(index)}")
+        check(unit.name, tensors[unit.name])
 
 
 def load_checkpoint(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bytecap.model.forward import is_far_faster
 from bytecap.model.texts import Window
 
 _ROWS = {"cpu": 32, "cuda": 2048}  # windows sampled side by side, at most
@@ -32,8 +33,8 @@ def sample(
         tokens: how many.
         window: predicted tokens in a window.
         seed: of the sampling.
-        device: torch device; rows are halved where its memory ends. On a GPU products are in bfloat16, so that keys and
-            values take half the memory and attention is fused.
+        device: torch device; rows are halved where its memory ends. On a GPU that multiplies bfloat16 products are in
+            it, so that keys and values take half the memory and attention is fused.
     """
     rng = random.Random(seed)  # noqa: S311 (sampling, not cryptography)
     generator = torch.Generator(device).manual_seed(seed)
@@ -53,6 +54,8 @@ def sample(
             torch.cuda.empty_cache()
             continue
         found += [Window(tuple(row), 0) for row in ids.tolist()]
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()  # keys and values of nothing that comes later: other jobs may need the room
     return tuple(found)
 
 
@@ -71,7 +74,8 @@ def _rows(module: nn.Module, first: int, window: int, device: str) -> int:
 
 
 def _autocast(device: str) -> torch.autocast:
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=torch.device(device).type == "cuda")
+    target = torch.device(device)
+    return torch.autocast(target.type, torch.bfloat16, enabled=is_far_faster(target))
 
 
 def _continued(module: nn.Module, ids: Tensor, count: int, generator: torch.Generator) -> Tensor:

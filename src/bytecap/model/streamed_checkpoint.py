@@ -25,6 +25,7 @@ from bytecap.model.chain import Chain, find_chain, hands_on_alone
 from bytecap.model.checkpoint import Model, check_size, find_units, freeze, resolve
 from bytecap.model.conversion import Conversion, convert
 from bytecap.model.fileset import Header
+from bytecap.model.finite import check
 from bytecap.model.forward import logits_of
 from bytecap.model.head import head_of
 from bytecap.model.opening import opened
@@ -35,7 +36,6 @@ from bytecap.system.allocator import is_shortage
 from bytecap.system.scratch import Scratch
 from bytecap.types import Unit, as_matrix
 
-_PIECE = 2**22  # values looked at together
 _TRIAL = 4  # tokens of the pass that finds the chain
 
 
@@ -243,16 +243,3 @@ def _one_by_one(streamed: Streamed, look: Callable[[str, Tensor], None]) -> Iter
                 hooks.callback(m.register_forward_pre_hook(before(path)).remove)
                 hooks.callback(m.register_forward_hook(behind(path)).remove)
         yield
-
-
-def check(name: str, values: Tensor) -> None:
-    """Refuse infinities and NaN.
-
-    Raises:
-        CheckpointError: tensor and index are named.
-    """
-    for piece in values.reshape(-1).split(_PIECE):
-        if not bool(torch.isfinite(piece).all()):
-            bad = ~torch.isfinite(values)
-            index = tuple(int(i) for i in bad.nonzero()[0])
-            raise CheckpointError(f"tensor {name} holds {float(values[index])} at index {list(index)}")

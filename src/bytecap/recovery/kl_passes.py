@@ -17,7 +17,7 @@ from bytecap.job import Job
 from bytecap.model import streaming
 from bytecap.model.determinism import same_sums
 from bytecap.model.evaluation import kl_to
-from bytecap.model.forward import fast_dtype, logits_of, pass_tokens, rough_products
+from bytecap.model.forward import is_far_faster, logits_of, pass_tokens, rough_products
 from bytecap.model.oom_retry import halving
 from bytecap.model.texts import Window, iteration_windows, leading
 from bytecap.system.allocator import is_shortage
@@ -42,11 +42,6 @@ def _many(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return min(8, max(1, torch.cuda.get_device_properties(device).total_memory // _A_BATCH))
-
-
-def _is_fast(device: torch.device) -> bool:
-    """Return whether products are far faster in bfloat16, as they are on a GPU, where attention is fused then too."""
-    return device.type == "cuda" and fast_dtype(device) == torch.bfloat16
 
 
 @contextlib.contextmanager
@@ -99,7 +94,7 @@ class Passes:
         remembered = streaming.of(original) is None  # a streamed model gives no logits of a batch
         most = _REMEMBERED[device.type]
         self._checked = _Remembered(original, most) if remembered else original
-        self._fast = _is_fast(device) and remembered
+        self._fast = is_far_faster(device) and remembered
         self.curve: list[tuple[float, int, float]] = []
         self._started = time.monotonic()
 

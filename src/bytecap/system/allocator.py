@@ -19,7 +19,8 @@ from typing import Any
 
 from bytecap.errors import ShortageError
 
-_SIGNS = ("allocate memory", "out of memory", "std::bad_alloc", "can't start new thread")
+_SIGNS = ("allocate memory", "out of memory", "std::bad_alloc", "can't start new thread", "STATUS_ALLOC_FAILED",
+          "calling `cublasCreate", "calling `cusolverDnCreate")  # fmt: skip
 # what oneDNN, llvmlite and C extensions say when a limit on memory is met: they give no other reason
 _UNDER_LIMITS = ("could not create a primitive", "find/load shared object", "failed to map", "without exception set")
 BOUND = "a fit needs 4 x the model's float32 size + 700 MB, see docs/trust.md"
