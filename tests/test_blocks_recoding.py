@@ -1,5 +1,8 @@
 """Tensors of blocks coded anew in a recovery: from the model's own values, in their types, group after group."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from bytecap.job.effort import Effort
 from bytecap.model.checkpoint import as_matrix
 from bytecap.model.quantized_copy import copy_of
 from bytecap.pipeline import fit_directory as directories
+from bytecap.recovery import loop
 from bytecap.recovery.group_walk import GroupWalk
 from bytecap.recovery.kl_passes import Passes
 from bytecap.recovery.loop import Clock
@@ -107,6 +111,29 @@ def test_everything_is_coded_once_within_the_effort(planned, monkeypatch):
     }
     held = quantized_copy.state_dict()
     assert all(torch.equal(held[n].float(), v) for n, v in units.values().items())
+
+
+def test_new_codes_that_take_the_time_leave_it_to_scales(planned, monkeypatch):
+    job, items, coding, found = planned
+    notes, efforts = [], []
+    monkeypatch.setattr(tuning, "_iterations", lambda *_: 1000.0)
+    monkeypatch.setattr(tuning, "code_anew", lambda *_: False)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 7.0))  # it stands still
+
+    def scales(*given):
+        *_, clock, start = given
+        efforts.append(clock.left)
+        return start, None
+
+    monkeypatch.setattr(tuning, "_tune_numbers", scales)
+    timed = replace(
+        job, recover=Effort(seconds=1000.0), reporter=SimpleNamespace(step=job.reporter.step, note=notes.append)
+    )
+    kept, record = tuning.tune_blocks(timed, None, items, coding, found)
+    assert kept is found
+    assert efforts == [1000.0]  # not the 300 that scales have behind new codes
+    assert any("half of the time" in n for n in notes)
+    assert record["stages"][0]["kl"] == record["kl_before"]
 
 
 @pytest.mark.parametrize(
