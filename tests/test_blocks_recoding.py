@@ -161,3 +161,17 @@ def test_efforts_of_few_iterations_keep_codes(planned):
     assert passes.iterations == 0
     assert 0 < tuning._iterations(Effort(seconds=1.0), passes, items) < 1e6
     assert passes.iterations == 2
+
+
+@pytest.mark.parametrize(
+    ("effort", "iterations", "anew"), [("200", 200, True), ("60s", 200, False), ("60s", 400, True), ("50", 50, False)]
+)
+def test_a_time_needs_more_iterations_for_new_codes_since_codings_take_some_of_it(
+    planned, monkeypatch, effort, iterations, anew
+):
+    job, items, coding, found = planned
+    monkeypatch.setattr(tuning, "_iterations", lambda *_: float(iterations))
+    for stage in ("_code", "_tune_numbers"):
+        monkeypatch.setattr(tuning, stage, lambda *given: (given[-1], None))
+    _, record = tuning.tune_blocks(replace(job, recover=Effort.parse(effort)), None, items, coding, found)
+    assert [s["stage"] for s in record["stages"]] == ["codes"] * anew + ["scales and vectors"]

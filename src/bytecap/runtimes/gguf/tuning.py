@@ -41,6 +41,7 @@ RATE = 1.5e-3  # first learning rate, relative to each number
 _SCHEDULE = Schedule(warming=10, checks=8, apart=5, last=0.1, what="scales and vectors")
 _CODING = 0.7  # share of the effort in which tensors are coded anew
 _MANY = 100  # iterations from which that pays: in 28 new codes were no better, in 140 they were (LOG.md)
+_MANY_TIMED = 300  # that fit into a time from which it does: 140 are left where codings take a third of their stage
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
@@ -203,7 +204,8 @@ def tune_blocks(
     with same_again(job.device), job.reporter.step("recovery", 1) as advance:
         load_values(quantized_copy, _values(job, file))
         start = best = passes.check()
-        anew = _CODING if _iterations(job.recover, passes, items) >= _MANY else 0.0
+        many = _MANY if job.recover.seconds is None else _MANY_TIMED
+        anew = _CODING if _iterations(job.recover, passes, items) >= many else 0.0
         (most, rest), spare = job.recover.part(anew), 0.0
         for stage, what, effort, share in (
             (_code, "codes", most, anew), (_tune_numbers, "scales and vectors", rest, 1 - anew)
