@@ -12,7 +12,7 @@ from bytecap.model.forward import batches
 from bytecap.model.quantized_copy import copy_of, load_values
 from bytecap.model.sources import load_sets
 from bytecap.progress import Silent
-from bytecap.recovery.group_walk import AHEAD, GroupWalk
+from bytecap.recovery.group_walk import GroupWalk
 
 STEP = 0.25  # in mean sizes of a matrix
 
@@ -62,12 +62,12 @@ def walked(model_directory, texts):
     units = [u for u in model.units if u.linear and "proj" in u.name]
     order = order_of(units, model.module, sets.statistics, "cpu")
 
-    def run(group, others=(), order=order, joined=1, **changes):
+    def run(group, others=(), order=order, **changes):
         found = Units(model, units, **changes)
         found.weights |= {n: torch.ones(2, 2) for n in others}
         tuned = copy_of(model.module)
         load_values(tuned, found.own)
-        GroupWalk(job, order, strength=1.0, tokens=256).code(tuned, group, found, joined)
+        GroupWalk(job, order, strength=1.0, tokens=256).code(tuned, group, found)
         return found, order, model.module, sets.statistics
 
     return run
@@ -104,16 +104,6 @@ def test_a_group_is_coded_stage_by_stage_and_only_what_comes_next_moves(walked):
     assert moved.isdisjoint(group)
     for n, own in units.own.items():
         assert (n in group or n in moved) != bool((units.weights[n] == own).all())
-
-
-def test_behind_parts_that_are_joined_no_more_moves_than_behind_one_of_them(walked):
-    _, order, _, _ = walked([])
-    group = [n for names in order[:2] for n in names]
-    behind = [n for names in order[2 : 2 + AHEAD] for n in names]
-    assert len(order) > 2 + AHEAD
-    for joined, moved in ((1, [n for names in order[2 : 2 + 2 * AHEAD] for n in names]), (2, behind)):
-        units, *_ = walked(group, joined=joined)
-        assert [n for kind, names in units.calls if kind == "move" for n in names] == moved
 
 
 def test_units_without_a_stage_are_coded_before_all_others(walked):

@@ -24,7 +24,7 @@ from bytecap.model.quantized_copy import Values, copy_of, load_values
 from bytecap.model.texts import leading
 
 _TOKENS = {"cpu": 8192, "cuda": 32_768}  # walked for every group, in one round: targets move as they are found
-AHEAD = 3  # parts of a group's size, behind it
+AHEAD = 3  # groups behind the one that was coded
 
 
 class TunedUnits(Protocol):
@@ -64,19 +64,17 @@ class GroupWalk:
         own = _TOKENS[torch.device(job.device).type]
         self._windows = leading(job.sets.statistics, min(own, most or own))
 
-    def code(self, tuned: nn.Module, names: Collection[str], units: TunedUnits, joined: int = 1) -> None:
+    def code(self, tuned: nn.Module, names: Collection[str], units: TunedUnits) -> None:
         """Code a group, and move what comes next.
 
         Args:
             tuned: a copy of the model that holds the present values of all units.
             names: of the group.
             units: codes and moves units.
-            joined: parts that the group is made of. What comes next is as much as behind one of them, or a walk would
-                grow as parts are joined to save some.
         """
         staged = {n for stage in self._order for n in stage if n in names}
         rest = units.round([n for n in names if n not in staged], {})
-        order = self._behind(staged, units, joined)
+        order = self._behind(staged, units)
         if not order:
             return
         coded = copy_of(tuned)
@@ -98,10 +96,10 @@ class GroupWalk:
             self._order = ()
             units.round([n for n in names if units.waits(n)], {})
 
-    def _behind(self, staged: set[str], units: TunedUnits, joined: int) -> list[list[str]]:
+    def _behind(self, staged: set[str], units: TunedUnits) -> list[list[str]]:
         """Return the stages from the first of a group on, without units that are coded: its own, and those to move."""
         group = [at for at, stage in enumerate(self._order) if not staged.isdisjoint(stage)]
         first, last = (group[0], group[-1]) if group else (0, -1)
-        end = last + 1 + AHEAD * max(1, -(-len(group) // joined))
+        end = last + 1 + AHEAD * max(1, len(group))
         found = [[n for n in stage if n in staged or units.waits(n)] for stage in self._order[first:end]]
         return [stage for stage in found if stage]

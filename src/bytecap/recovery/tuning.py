@@ -111,15 +111,14 @@ class _TuningRun:
         optimizer.zero_grad()
         return kl
 
-    def code(self, names: list[str], change: float, joined: int) -> float:
-        """Code a group of so many parts, see `TunedParameters.code`."""
-        walked = None if self._walk is None else partial(self._walked, self._walk, joined)
-        return self.parameters.code(names, change, walked)
+    def code(self, names: list[str], change: float) -> float:
+        """Code a group, see `TunedParameters.code`."""
+        return self.parameters.code(names, change, None if self._walk is None else partial(self._walked, self._walk))
 
-    def _walked(self, walk: GroupWalk, joined: int, names: Sequence[str], units: TunedUnits) -> None:
+    def _walked(self, walk: GroupWalk, names: Sequence[str], units: TunedUnits) -> None:
         """Code a group along a walk, from the present values of all units."""
         self.passes.load(self.parameters.values())
-        walk.code(self.quantized_copy, names, units, joined)
+        walk.code(self.quantized_copy, names, units)
 
     def keep(self, optimizer: torch.optim.Adam, clock: Clock, parts: int, beyond: float) -> None:
         """Keep the progress in the store, after some parts were coded and the rest was tuned."""
@@ -168,12 +167,12 @@ def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]
     for group in pace:
         waiting = parameters.planned([*group, *pace.left])[1]
         change = max(-_MOST_STEERING, min(_MOST_STEERING, beyond / (waiting / 8 * 1.2)))
-        spent = tuning_run.code(group, change, pace.joined)
+        spent = tuning_run.code(group, change)
         for _ in range(0 if pace.left else _TRIES):  # nobody is left to make up for it
             if abs(beyond + spent) < _BELOW / 2 * total:
                 break
             change += (beyond + spent) / (parameters.planned(group)[1] / 8 * 1.2)
-            spent = tuning_run.code(group, change, pace.joined)
+            spent = tuning_run.code(group, change)
         beyond += spent
         pace.coded()
         loop.keep_only(optimizer, tuning_run.tuned().values())

@@ -145,7 +145,7 @@ def code_anew(units: BlockUnits, passes: Passes, quantized_copy: nn.Module, walk
     sound, pace = True, CodingPace(clock, units.groups(clock.parts(GROUPS - 1) + 1), behind=False)
     for group in pace:
         passes.load(units.values())
-        walk.code(quantized_copy, group, units, pace.joined)
+        walk.code(quantized_copy, group, units)
         pace.coded()
         if not pace.worth:
             return False
