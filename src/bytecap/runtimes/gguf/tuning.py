@@ -41,7 +41,7 @@ RATE = 1.5e-3  # first learning rate, relative to each number
 _SCHEDULE = Schedule(warming=10, checks=8, apart=5, last=0.1, what="scales and vectors")
 _CODING = 0.7  # share of the effort in which tensors are coded anew
 _MANY = 100  # iterations from which that pays: in 28 new codes were no better, in 140 they were (LOG.md)
-_MANY_TIMED = 300  # that fit into a time from which it does: 140 are left where codings take a third of their stage
+_MANY_TIMED = 300  # that fit into a time: some 140 are left where codings take a third of their stage, a guess (LOG.md)
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
