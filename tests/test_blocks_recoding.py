@@ -1,5 +1,8 @@
 """Tensors of blocks coded anew in a recovery: from the model's own values, in their types, group after group."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ from bytecap.allocation.asymmetric_targets import order_of
 from bytecap.job.effort import Effort
 from bytecap.model.quantized_copy import copy_of
 from bytecap.pipeline import fit_directory as directories
+from bytecap.recovery import loop
 from bytecap.recovery.group_walk import GroupWalk
 from bytecap.recovery.kl_passes import Passes
 from bytecap.recovery.loop import Clock
@@ -109,6 +113,29 @@ def test_everything_is_coded_once_within_the_effort(planned, monkeypatch):
     assert all(torch.equal(held[n].float(), v) for n, v in units.values().items())
 
 
+def test_new_codes_that_take_the_time_leave_it_to_scales(planned, monkeypatch):
+    job, items, coding, found = planned
+    notes, efforts = [], []
+    monkeypatch.setattr(tuning, "_iterations", lambda *_: 1000.0)
+    monkeypatch.setattr(tuning, "code_anew", lambda *_: False)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: 7.0))  # it stands still
+
+    def scales(*given):
+        *_, clock, start = given
+        efforts.append(clock.left)
+        return start, None
+
+    monkeypatch.setattr(tuning, "_tune_numbers", scales)
+    timed = replace(
+        job, recover=Effort(seconds=1000.0), reporter=SimpleNamespace(step=job.reporter.step, note=notes.append)
+    )
+    kept, record = tuning.tune_blocks(timed, None, items, coding, found)
+    assert kept is found
+    assert efforts == [1000.0]  # not the 300 that scales have behind new codes
+    assert any("half of the time" in n for n in notes)
+    assert record["stages"][0]["kl"] == record["kl_before"]
+
+
 @pytest.mark.parametrize(
     ("name", "types", "budget"), [("mlx", None, 26_000), ("compressed-tensors", ["w4g32a", "w4c"], 45_000)]
 )
@@ -134,3 +161,17 @@ def test_efforts_of_few_iterations_keep_codes(planned):
     assert passes.iterations == 0
     assert 0 < tuning._iterations(Effort(seconds=1.0), passes, items) < 1e6
     assert passes.iterations == 2
+
+
+@pytest.mark.parametrize(
+    ("effort", "iterations", "anew"), [("200", 200, True), ("60s", 200, False), ("60s", 400, True), ("50", 50, False)]
+)
+def test_a_time_needs_more_iterations_for_new_codes_since_codings_take_some_of_it(
+    planned, monkeypatch, effort, iterations, anew
+):
+    job, items, coding, found = planned
+    monkeypatch.setattr(tuning, "_iterations", lambda *_: float(iterations))
+    for stage in ("_code", "_tune_numbers"):
+        monkeypatch.setattr(tuning, stage, lambda *given: (given[-1], None))
+    _, record = tuning.tune_blocks(replace(job, recover=Effort.parse(effort)), None, items, coding, found)
+    assert [s["stage"] for s in record["stages"]] == ["codes"] * anew + ["scales and vectors"]

@@ -56,6 +56,14 @@ class Effort:
         whole = self.seconds or 0.0
         return Effort(seconds=whole * share), Effort(seconds=whole * (1 - share))
 
+    def longer(self, seconds: float) -> Effort:
+        """Return the effort with some seconds more, where it is a time.
+
+        >>> Effort.parse("45s").longer(1.5), Effort.parse("10").longer(1.5)
+        (Effort(steps=None, seconds=46.5), Effort(steps=10, seconds=None))
+        """
+        return self if self.seconds is None else Effort(seconds=self.seconds + seconds)
+
 
 def effort_of(text: str | None) -> Effort | None:
     """Return the effort asked for.

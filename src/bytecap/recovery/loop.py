@@ -85,6 +85,12 @@ class Clock:
         """Return the seconds since the first iteration, without the time between two runs."""
         return time.monotonic() - self._started
 
+    @property
+    def left(self) -> float:
+        """Return the seconds that are left of an effort that is a time, infinitely many of another."""
+        seconds = self._effort.seconds
+        return math.inf if seconds is None else max(0.0, seconds - self.seconds)
+
 
 @dataclass(frozen=True)
 class Schedule:

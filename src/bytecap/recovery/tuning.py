@@ -42,6 +42,7 @@ from bytecap.model.batches import is_batches
 from bytecap.model.quantized_copy import load_values
 from bytecap.recovery import loop
 from bytecap.recovery.checkpointing import ProgressCheckpoint
+from bytecap.recovery.coding_pace import CodingPace
 from bytecap.recovery.group_walk import GroupWalk, TunedUnits
 from bytecap.recovery.kl_passes import Passes, same_again, tokens_of_iteration
 from bytecap.recovery.loop import Clock, Schedule
@@ -119,23 +120,23 @@ class _TuningRun:
         self.passes.load(self.parameters.values())
         walk.code(self.quantized_copy, names, units)
 
-    def keep(self, optimizer: torch.optim.Adam, clock: Clock, group: int, beyond: float) -> None:
-        """Keep the progress in the store, after a group was coded and the rest was tuned."""
+    def keep(self, optimizer: torch.optim.Adam, clock: Clock, parts: int, beyond: float) -> None:
+        """Keep the progress in the store, after some parts were coded and the rest was tuned."""
 
         def state() -> tuple[dict[str, Tensor], Any]:
             found = {f"live {n}": t for n, t in self.parameters.state().items()}
             for name, t in self.tuned().items():
                 found |= {f"adam {k} {name}": v for k, v in optimizer.state[t].items()}
-            return found, [group, clock.iterations, clock.seconds, beyond]
+            return found, [parts, clock.iterations, clock.seconds, beyond]
 
         self._checkpoint.put(state)
 
     def resume(self, optimizer: torch.optim.Adam, clock: Clock, beyond: float) -> tuple[int, float]:
-        """Return the group to continue with and the bytes beyond the plan, from the store; else 0 and `beyond`."""
+        """Return the parts that are coded and the bytes beyond the plan, from the store; else 0 and `beyond`."""
         found = self._checkpoint.get()
         if found is None:
             return 0, beyond
-        kept, (group, iterations, seconds, beyond) = found
+        kept, (parts, iterations, seconds, beyond) = found
         device = torch.device(self.job.device)
         self.parameters.resume({n[5:]: t.to(device) for n, t in kept.items() if n.startswith("live ")})
         self.passes.skip(iterations, seconds)
@@ -145,7 +146,7 @@ class _TuningRun:
             if not mine:  # no iteration was sound until then
                 continue
             optimizer.state[t] = {k: v if k == "step" else v.to(device) for k, v in mine.items()}
-        return group, beyond
+        return parts, beyond
 
     def check(self) -> float:
         """Return the KL on the correction tokens."""
@@ -157,25 +158,25 @@ def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]
     """Code everything anew, group after group, and tune the rest in between."""
     parameters = tuning_run.parameters
     parameters.unfreeze(dict(tuning_run.job.model.module.state_dict()))
-    groups, optimizer = parameters.groups(clock.parts(_GROUPS)), tuning_run.optimizer()
+    optimizer = tuning_run.optimizer()
     total = parameters.planned(parameters.matrices)[0]
     beyond, now = _BELOW * total, kl
     seen: list[tuple[float, int, float]] = []
     first, beyond = tuning_run.resume(optimizer, clock, beyond)
-    for number, group in enumerate(groups):
-        if number < first:
-            continue
-        left = [n for rest in groups[number:] for n in rest]
-        change = max(-_MOST_STEERING, min(_MOST_STEERING, beyond / (parameters.planned(left)[1] / 8 * 1.2)))
+    pace = CodingPace(clock, parameters.groups(clock.parts(_GROUPS)), first)
+    for group in pace:
+        waiting = parameters.planned([*group, *pace.left])[1]
+        change = max(-_MOST_STEERING, min(_MOST_STEERING, beyond / (waiting / 8 * 1.2)))
         spent = tuning_run.code(group, change)
-        for _ in range(_TRIES if number + 1 == len(groups) else 0):  # nobody is left to make up for it
+        for _ in range(0 if pace.left else _TRIES):  # nobody is left to make up for it
             if abs(beyond + spent) < _BELOW / 2 * total:
                 break
             change += (beyond + spent) / (parameters.planned(group)[1] / 8 * 1.2)
             spent = tuning_run.code(group, change)
         beyond += spent
+        pace.coded()
         loop.keep_only(optimizer, tuning_run.tuned().values())
-        while clock.done < (number + 1) / len(groups):
+        while clock.done < pace.until:
             now = tuning_run.iterate(optimizer, loop.warmed(clock, _SCHEDULE.warming))
             clock.tick()
             seen.append((round(tuning_run.passes.seconds, 2), clock.iterations, now))
@@ -183,9 +184,9 @@ def _integers(tuning_run: _TuningRun, clock: Clock, kl: float) -> dict[str, Any]
                 break
         if loop.has_diverged(now, kl) and loop.has_diverged(tuning_run.check(), kl):  # one odd batch means nothing
             tuning_run.job.reporter.note(loop.diverging(clock, "integers", now))
-            parameters.code([n for rest in groups[number + 1 :] for n in rest], 0.0)
+            parameters.code(pace.left, 0.0)
             break
-        tuning_run.keep(optimizer, clock, number + 1, beyond)
+        tuning_run.keep(optimizer, clock, pace.done, beyond)
     return {"stage": "integers", "kl": tuning_run.check(), "on_tuned_tokens": seen[:: max(1, len(seen) // 50)]}
 
 

@@ -22,6 +22,7 @@ from bytecap.allocation.target_fit import trial_rows
 from bytecap.job import Job
 from bytecap.model.quantized_copy import Values, as_stored
 from bytecap.recovery import loop
+from bytecap.recovery.coding_pace import CodingPace
 from bytecap.recovery.group_walk import GroupWalk
 from bytecap.recovery.kl_passes import Passes
 from bytecap.recovery.loop import Clock
@@ -130,8 +131,8 @@ class BlockUnits:
         return self.values(list(changes))
 
 
-def code_anew(units: BlockUnits, passes: Passes, quantized_copy: nn.Module, walk: GroupWalk, clock: Clock) -> None:
-    """Code all units, group after group, and tune the rest in between.
+def code_anew(units: BlockUnits, passes: Passes, quantized_copy: nn.Module, walk: GroupWalk, clock: Clock) -> bool:
+    """Code all units, group after group, and tune the rest in between; returns False if that is given up.
 
     Args:
         units: none of which is coded.
@@ -141,12 +142,15 @@ def code_anew(units: BlockUnits, passes: Passes, quantized_copy: nn.Module, walk
         clock: of the effort.
     """
     optimizer = loop.adam((t, RATE) for t in units.tuned().values())
-    sound, groups = True, units.groups(clock.parts(GROUPS - 1) + 1)  # behind the last one nothing is left to tune
-    for number, group in enumerate(groups, 1):
+    sound, pace = True, CodingPace(clock, units.groups(clock.parts(GROUPS - 1) + 1), behind=False)
+    for group in pace:
         passes.load(units.values())
         walk.code(quantized_copy, group, units)
+        pace.coded()
+        if not pace.worth:
+            return False
         loop.keep_only(optimizer, units.tuned().values())
-        while sound and number < len(groups) and clock.done < number / (len(groups) - 1):
+        while sound and pace.left and clock.done < pace.until:
             passes.load(units.values())
             kl, slopes = passes.gradients(list(units.tuned()))
             clock.tick()
@@ -159,3 +163,4 @@ def code_anew(units: BlockUnits, passes: Passes, quantized_copy: nn.Module, walk
             optimizer.step()
             optimizer.zero_grad()
     passes.load(units.values())
+    return True

@@ -40,6 +40,7 @@ RATE = 1.5e-3  # first learning rate, relative to each number
 _SCHEDULE = Schedule(warming=10, checks=8, apart=5, last=0.1, what="scales and vectors")
 _CODING = 0.7  # share of the effort in which tensors are coded anew
 _MANY = 100  # iterations from which that pays: in 28 new codes were no better, in 140 they were (LOG.md)
+_MANY_TIMED = 300  # that fit into a time: some 140 are left where codings take a third of their stage, a guess (LOG.md)
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,17 @@ def tune_blocks(
     with same_again(job.device), job.reporter.step("recovery", 1) as advance:
         load_values(quantized_copy, _values(job, file))
         start = best = passes.check()
-        anew = _CODING if _iterations(job.recover, passes, items) >= _MANY else 0.0
-        most, rest = job.recover.part(anew)
+        many = _MANY if job.recover.seconds is None else _MANY_TIMED
+        anew = _CODING if _iterations(job.recover, passes, items) >= many else 0.0
+        (most, rest), spare = job.recover.part(anew), 0.0
         for stage, what, effort, share in (
             (_code, "codes", most, anew), (_tune_numbers, "scales and vectors", rest, 1 - anew)
         ):  # fmt: skip
             if not share:
                 continue
-            clock = Clock(effort, advance, share)
+            clock = Clock(effort.longer(spare), advance, share)
             kl, tuned = stage(job, passes, quantized_copy, file, clock, best)
+            spare = clock.left
             stages.append({"stage": what, "moves": clock.iterations, "kl": kl, "seconds": round(clock.seconds, 1)})
             job.reporter.note(
                 f"recovery: {clock.iterations} iterations of {what} in {clock.seconds:.0f} s, KL on the correction "
@@ -116,13 +119,14 @@ def _values(job: Job, file: _File) -> Values:
 def _code(
     job: Job, passes: Passes, quantized_copy: nn.Module, file: _File, clock: Clock, start: float
 ) -> tuple[float, Found | None]:
-    """Code the tensors anew; returns the KL on the correction tokens, and the plan with these codes."""
-    del start
+    """Code the tensors anew; returns the KL on the correction tokens, and the plan, None if it took too long."""
     units = BlockUnits(job, file.items, file.coding, file.found)
     windows = job.sets.statistics
     order = order_of([u for u in job.model.units if u.name in units.names], job.model.module, windows, job.device)
     tokens = pass_tokens(job.model.module, torch.device("cpu"))  # waiting passes are many
-    code_anew(units, passes, quantized_copy, GroupWalk(job, order, strength=1.0, tokens=tokens), clock)
+    if not code_anew(units, passes, quantized_copy, GroupWalk(job, order, strength=1.0, tokens=tokens), clock):
+        job.reporter.note("recovery: coding takes more than half of the time for new codes: the old ones are kept")
+        return start, None
     return passes.check(), replace(file.found, rounded={**file.found.rounded, **units.rounded})
 
 
