@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ from bytecap.progress import reporter_for
 from bytecap.runtimes.blocks import Codes
 from bytecap.runtimes.blocks.ggml import FORMATS
 from bytecap.runtimes.directory import family
-from bytecap.runtimes.directory.contents import CONFIG, WEIGHTS, Contents, contents_of, ledger, read_units
+from bytecap.runtimes.directory.contents import CONFIG, PLAIN, WEIGHTS, Contents, contents_of, ledger, read_units
 from bytecap.runtimes.directory.menu import coding_of
 from bytecap.runtimes.directory.tensors import write
 from bytecap.runtimes.gguf.menu import Item
 from bytecap.runtimes.gguf.places import Layout
-from bytecap.runtimes.gguf.solve import Found, figures, solve
+from bytecap.runtimes.gguf.solve import Found, figures, rounded_values, solve
 from bytecap.runtimes.gguf.targets import follow_prefix
 from bytecap.runtimes.gguf.tuning import tune_blocks
 from bytecap.sizes import format_size, parse_budget
@@ -180,7 +180,9 @@ def _finish(
         return result
     with tempfile.TemporaryDirectory() as name:
         path = output or Path(name) / "model"
-        written, report["checked"] = write_directory(contents, schemes, best.codes(), path, best.vectors)
+        written, report["checked"] = write_directory(
+            contents, schemes, best.codes(), path, _unquantized(job, schemes, items, best)
+        )
         assert written == size <= job.budget  # noqa: S101 (planned to the byte)
         if output is not None:
             result.path = output
@@ -189,13 +191,19 @@ def _finish(
         measured = _measured(job, contents, path)
         if best is not plain:
             other = Path(name) / "plain"
-            write_directory(contents, schemes, plain.codes(), other)
+            write_directory(contents, schemes, plain.codes(), other, _unquantized(job, schemes, items, plain))
             report["without_recovery"] = gain(measured.parts, _measured(job, contents, other).parts)
     report |= quality(measured.parts, measured.held)
     report["largest_units"] = [(x.unit, x.bytes) for x in by_unit(result.entries)[:5]]
     say_narrow(job, report)
     result.windows = measured.windows
     return result
+
+
+def _unquantized(job: Job, schemes: Mapping[str, str], items: Sequence[Item], found: Found) -> Mapping[str, Any]:
+    """Values of matrices in 16 bits, which targets behind the coded prefix may have moved, and tuned ones, by name."""
+    kept = {n: r for n, r in found.rounded.items() if schemes[n] in PLAIN}
+    return ChainMap(found.vectors, rounded_values(job.model, items, kept))  # type: ignore[arg-type]
 
 
 def _measured(job: Job, contents: Contents, path: Path) -> Comparisons:

@@ -121,7 +121,7 @@ class Contents:
         self, schemes: Mapping[str, str], codes: Mapping[str, Codes | None] | None = None,
         vectors: Mapping[str, Any] | None = None,
     ) -> list[Tensor]:  # fmt: skip
-        """All tensors of the file; `vectors` are tuned ones, by name.
+        """All tensors of the file; where nothing is quantized, `vectors` take the place of the model's values, by name.
 
         Contents, if there are `codes`, are made whenever they are asked for.
         """
@@ -133,13 +133,13 @@ class Contents:
                 known = None if codes is None else partial(codes.__getitem__, unit.name)
                 found += self.matrix(unit.name, scheme, shapes[unit.name], known)
             else:
-                own = (vectors or {}).get(unit.name)
                 kind = self.float_type if unit.dtype in _FLOATS else unit.dtype
-                values = None if codes is None else partial(self._plain, unit, own)
+                values = None if codes is None else partial(self._plain, unit, vectors or {})
                 found.append(Tensor(unit.name, kind, unit.shape, values))
         return found
 
-    def _plain(self, unit: Unit, own: Any) -> npt.NDArray[Any]:
+    def _plain(self, unit: Unit, vectors: Mapping[str, Any]) -> npt.NDArray[Any]:
+        own = vectors.get(unit.name)
         if own is not None:
             return np.asarray(own.reshape(unit.shape))
         values = self.model.tensor(unit).detach().cpu()
