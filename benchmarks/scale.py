@@ -257,6 +257,8 @@ def main() -> None:
     if args.child is not None:
         child(args)
         return
+    if args.format != "bcap" and max(args.gpus) > 1:
+        p.error(f"--gpus: only the package's own format is divided among ranks, not {args.format}")
     for name in args.shapes:
         for row in one(name, args):
             print(json.dumps(row), flush=True)

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 import bytecap
 from bytecap.cli import app
 from bytecap.model.checkpoint import demo_directory
+from bytecap.system.scratch import sweep
 from once import Once
 from reporting import name_failures
 from warm import Warm
@@ -95,9 +97,10 @@ def _memory_is_kept():
 def _work_files_in_memory():
     """A streamed fit makes and removes 2,000 work files, a fifth of its processor time on a disk, where Linux has room.
 
-    Processes that tests start use the disk.
+    Processes that tests start use the disk. What a killed run has left there goes first: it takes memory.
     """
     place = "/dev/shm"  # noqa: S108 (work files have names of their own)
+    sweep(Path(place))
     with pytest.MonkeyPatch.context() as patch:
         if os.access(place, os.W_OK) and shutil.disk_usage(place).free > 2**30:
             there = SimpleNamespace(gettempdir=lambda: place, mkdtemp=tempfile.mkdtemp)

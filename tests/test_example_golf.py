@@ -146,7 +146,6 @@ def test_uniform_predictions_score_the_vocabulary(example, shards):
 def test_steps_are_those_of_torchs_muon(example, monkeypatch, shape):
     """In bfloat16 in every bit; in float32, which a processor takes, singular values end as near to 1."""
     train = example["train"]
-    assert train.products(torch.device("cuda")) is torch.bfloat16
     draw = torch.Generator().manual_seed(0)
     first, gradients = torch.randn(shape, generator=draw), torch.randn(3, *shape, generator=draw)
     assert train.orthogonal(first).dtype is torch.float32
@@ -155,9 +154,10 @@ def test_steps_are_those_of_torchs_muon(example, monkeypatch, shape):
     assert values.max() < 1.5
     monkeypatch.setattr(train, "products", lambda _: torch.bfloat16)
     ours, theirs = torch.nn.Parameter(first.clone()), torch.nn.Parameter(first.clone())
+    idle = torch.nn.Parameter(first.clone())  # has no gradient
     steps = [
-        train.Muon([ours], rate=0.1, decay=0.2, momentum=0.9),
-        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.2, momentum=0.9),
+        train.Muon([idle, ours], rate=0.1, decay=0.2, momentum=0.9),
+        torch.optim.Muon([idle, theirs], lr=0.1, weight_decay=0.2, momentum=0.9),
     ]
     for g in gradients:
         ours.grad, theirs.grad = g.clone(), g.clone()
@@ -165,6 +165,18 @@ def test_steps_are_those_of_torchs_muon(example, monkeypatch, shape):
             s.step()
     assert torch.equal(ours, theirs)
     assert not torch.allclose(ours, first)
+    assert torch.equal(idle, first)
+    assert idle not in steps[0].state
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "native"), [((7, 5), None, False), ((8, 0), None, True), ((0, 0), "6", True)]
+)
+def test_products_are_in_bfloat16_where_a_gpu_has_it(example, monkeypatch, capability, hip, native):
+    monkeypatch.setattr("torch.version.hip", hip)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    assert example["train"].products(torch.device("cuda")) is (torch.bfloat16 if native else torch.float32)
+    assert example["train"].products(torch.device("cpu")) is torch.float32
 
 
 @pytest.mark.slow

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import bytecap
 from bytecap.job.config import FitConfig
 from bytecap.model import streaming
 from bytecap.model.checkpoint import load_checkpoint
 from bytecap.pipeline import memory
+from bytecap.pipeline.runtime_model import opened
 from bytecap.progress import Silent
 from bytecap.runtimes.gguf import streamed_tuning
 from bytecap.runtimes.gguf.export import write_plain
@@ -80,6 +82,23 @@ def test_recovery_of_a_streamed_fit_moves_numbers_of_blocks(
     assert record["stages"][0]["kl"] <= record["kl_before"]
     assert "without_recovery" in result.report
     assert result.report["file_bytes"] <= size
+
+
+@pytest.mark.parametrize("moves", [0, 1])  # that succeed: while it is opened, and behind that
+def test_no_work_files_stay_where_a_device_has_no_room(model_directory, tmp_path, monkeypatch, moves) -> None:
+    move, done = streaming.Streamed.to, []
+
+    def full(streamed, device):
+        if len(done) == moves:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        done.append(move(streamed, device))
+
+    monkeypatch.setattr(streaming.Streamed, "to", full)
+    config = FitConfig(10**9, memory="1MB", output=tmp_path / "out.gguf", format="gguf", reporter=Silent())
+    with pytest.raises(torch.OutOfMemoryError) as caught, opened(model_directory("rotary"), [config]):
+        pass
+    assert caught.value.__traceback__ is not None  # holds the model, which would hold its work files
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_not_streamed_says_so(model_directory) -> None:

@@ -1,5 +1,8 @@
 """Recodings: other coders in a section's place, real bytes on every base, judged against coarser steps."""
 
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +14,12 @@ from bytecap.model.evaluation import ByWindow
 from bytecap.progress import Silent
 from bytecap.quantization.overlays import UnitProblem, overlays
 from bytecap.report.curves import page
+from bytecap.system.threads import NESTED, in_threads
 from bytecap.types import Unit
-from bytecap_lab.rd_curves import byte_returns, plans
+from bytecap_lab.rd_curves import byte_returns, plans, trial
 from bytecap_lab.rd_curves.choose import recode
-from bytecap_lab.rd_curves.paths import recodings
+from bytecap_lab.rd_curves.paths import recodings, shared_block
+from bytecap_lab.rd_curves.paths import signs as signs_path
 from bytecap_lab.rd_curves.paths.signs import signs
 from bytecap_lab.rd_curves.points import MeasuredPick
 from bytecap_lab.rd_curves.report import verdict
@@ -104,6 +109,28 @@ def test_error_feedback_serves_signs(levels):
         )
 
     assert cost(signs(problem, levels)) < 0.8 * cost(binarize(weight.numpy(), levels))
+
+
+def test_work_that_opens_pools_has_few_workers(monkeypatch):
+    opened = []
+    monkeypatch.setattr("torch.get_num_threads", lambda: 64)
+    monkeypatch.setattr(
+        "bytecap.system.threads.ThreadPoolExecutor", lambda n: opened.append(n) or ThreadPoolExecutor(min(n, 2))
+    )
+    items = list(range(100))
+    for more in ({}, {"most": None}, {"most": NESTED}, {"most": 1}):  # the last one works here, in no thread
+        assert in_threads(lambda x: -x, items, **more) == [-x for x in items]
+    assert opened == [64, 64, NESTED]
+
+
+def test_layers_and_recodings_take_few_workers(monkeypatch):
+    seen, base = [], SimpleNamespace(problems={}, round=lambda *_: [])
+    for module in (trial, signs_path, shared_block):
+        monkeypatch.setattr(module, "in_threads", lambda _, items, *, most: seen.append(most) or items)
+    trial._try(base, "lowrank", {})
+    for name in ("binary", "shared_block"):
+        recodings()[name].code(base, {})
+    assert seen == [NESTED] * 3
 
 
 @pytest.mark.slow

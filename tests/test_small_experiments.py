@@ -25,9 +25,18 @@ def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     before = set(sys.modules)
     yield importlib.import_module
-    for name in ("common", "recover", "searches"):
+    for name in ("common", "device", "recover", "scale", "searches"):
         if name not in before:
             sys.modules.pop(name, None)
+
+
+def test_several_ranks_write_the_own_format_alone(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scale.py", "tiny", "--gpus", "1,2", "--format", "mlx"])
+    scale = benchmark("scale")
+    monkeypatch.setattr(scale, "one", lambda *_: pytest.fail("a fit is started"))
+    with pytest.raises(SystemExit, match="2"):
+        scale.main()
+    assert "not mlx" in capsys.readouterr().err
 
 
 def rows(args):

@@ -61,8 +61,9 @@ def windows(tokens: Tensor, length: int, batch: int, seed: int) -> Iterator[tupl
 
 
 def products(device: torch.device) -> torch.dtype:
-    """Type of products: bfloat16 on a GPU alone, since many processors emulate it, 80 times slower than float32."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    """Type of products: bfloat16 on GPUs that have it, since others and many processors emulate it, far slower."""
+    native = device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0))
+    return torch.bfloat16 if native else torch.float32
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
@@ -85,10 +86,10 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move all parameters once by their gradients."""
+        """Move all parameters that have gradients once."""
         for group in self.param_groups:
             rate, kept = group["lr"], group["momentum"]
-            for p in group["params"]:
+            for p in (p for p in group["params"] if p.grad is not None):
                 mean = self.state[p].setdefault("mean", torch.zeros_like(p))
                 mean.lerp_(p.grad, 1 - kept)
                 change = orthogonal(p.grad.lerp(mean, kept))
@@ -126,7 +127,7 @@ def train(
     def gradients() -> float:
         total = torch.zeros((), device=device)
         for _ in range(parts):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=products(device) is torch.bfloat16):
                 loss = run(*next(batches)) / parts
             loss.backward()
             total += loss.detach()

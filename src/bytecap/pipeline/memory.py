@@ -175,6 +175,9 @@ def _open(
                 found = open_streamed(model, kept, device=device, begin=begin, allow_unused=allow)
             except Unstreamable as exc:
                 reason, most = str(exc), None
+            except BaseException:
+                kept.close()  # who holds the error would hold its frames, and with them the work files
+                raise
             else:
                 reporter.note(f"a fit in memory would need more than {limit / 1e9:.1f} GB: the model is streamed")
                 return found, most

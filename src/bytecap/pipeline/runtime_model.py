@@ -77,8 +77,8 @@ def opened(model: Model | Path | str, configs: Sequence[FitConfig]) -> Iterator[
     first, device = configs[0], choose_device(configs[0].device)
     reporter = reporter_for(first.reporter, first.progress)
     with memory.opened(model, first, device, reporter, None) as loaded:
-        (streaming.of(loaded.module) or loaded.module).to(device)
         try:
+            (streaming.of(loaded.module) or loaded.module).to(device)
             yield loaded
         finally:
             if isinstance(loaded, StreamedModel) and loaded is not model:

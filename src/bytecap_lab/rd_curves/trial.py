@@ -23,7 +23,7 @@ from bytecap.progress import Advance
 from bytecap.quantization.overlays import Applied, Overlay, check_names, overlays, thinned
 from bytecap.sizes import in_groups
 from bytecap.system.cache import Store, digest
-from bytecap.system.threads import in_threads
+from bytecap.system.threads import NESTED, in_threads
 from bytecap_lab.rd_curves.base import Base, Rounded
 from bytecap_lab.rd_curves.expansion import Expansion
 from bytecap_lab.rd_curves.operating_point import MOST_SETTINGS, OperatingPoint
@@ -171,7 +171,8 @@ def _try(base: Base, path: str, wanted: Mapping[str, Any]) -> dict[str, tuple[Ro
         (name, setting), rounded = item
         return rounded, method.after(base.problems[name], rounded.values.clone(), setting)
 
-    layers = in_threads(over, list(zip(wanted.items(), below, strict=True)))  # most of it is brotli
+    pairs = list(zip(wanted.items(), below, strict=True))
+    layers = in_threads(over, pairs, most=NESTED)  # most of it is brotli, some of it decompositions
     return dict(zip(wanted, layers, strict=True))
 
 

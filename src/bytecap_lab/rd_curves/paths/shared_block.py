@@ -17,7 +17,7 @@ from bytecap.format.coders.base import CODER
 from bytecap.format.coders.stack import CODER as STACK
 from bytecap.job import Section
 from bytecap.quantization.overlays.lowrank import OVERLAY, Rank
-from bytecap.system.threads import in_threads
+from bytecap.system.threads import NESTED, in_threads
 from bytecap_lab.rd_curves.base import Base
 from bytecap_lab.rd_curves.paths import Recoded, Recoding, roles
 
@@ -54,7 +54,8 @@ class SharedBlock:
 
     def code(self, base: Base, wanted: Mapping[str, Borrowed]) -> dict[str, Recoded]:
         """Refer to the source, and fit the difference."""
-        return dict(zip(wanted, in_threads(lambda item: _code(base, *item), list(wanted.items())), strict=True))
+        found = in_threads(lambda item: _code(base, *item), list(wanted.items()), most=NESTED)
+        return dict(zip(wanted, found, strict=True))
 
 
 def _code(base: Base, name: str, s: Borrowed) -> Recoded:

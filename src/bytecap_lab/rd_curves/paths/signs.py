@@ -22,7 +22,7 @@ from bytecap.methods.baselines.gptq import factorize, feedback
 from bytecap.quantization.overlays import UnitProblem
 from bytecap.quantization.overlays.columns import OVERLAY as COLUMNS
 from bytecap.quantization.overlays.protect import Amount, scores
-from bytecap.system.threads import in_threads
+from bytecap.system.threads import NESTED, in_threads
 from bytecap_lab.rd_curves.base import Base
 from bytecap_lab.rd_curves.paths import Recoded, Recoding
 
@@ -69,7 +69,8 @@ class Signs:
 
     def code(self, base: Base, wanted: Mapping[str, Amount]) -> dict[str, Recoded]:
         """Code signs, then the columns over them."""
-        return dict(zip(wanted, in_threads(lambda item: self._code(base, *item), list(wanted.items())), strict=True))
+        found = in_threads(lambda item: self._code(base, *item), list(wanted.items()), most=NESTED)
+        return dict(zip(wanted, found, strict=True))
 
     def _code(self, base: Base, name: str, amount: Amount) -> Recoded:
         problem = base.problems[name]
