@@ -58,14 +58,17 @@ def test_recovery_of_a_streamed_fit_moves_numbers_of_blocks(
     model_directory, texts, tmp_path, kind, size, monkeypatch
 ) -> None:
     directory, told, starts = model_directory("rotary", num_hidden_layers=3), Silent(), {}
-    tune = streamed_tuning.tune_values
+    plans, tune = [], streamed_tuning.tune_values
 
     def watched(job, model, source, values):
         with streaming.of(source.module).block(1) as module:  # at the start tensors are what is coded
             own = dict(module.named_parameters())
             found = values.weights(1, module)
             starts.update({n: float((v.detach() - own[n]).abs().max()) for n, v in found.items()})
-        return tune(job, model, source, values)
+        plans.append(values.settle())
+        tuned = tune(job, model, source, values)
+        plans.append(values.settle())
+        return tuned
 
     monkeypatch.setattr(streamed_tuning, "tune_values", watched)
     result = bytecap.fit(
@@ -78,7 +81,12 @@ def test_recovery_of_a_streamed_fit_moves_numbers_of_blocks(
     record = result.report["recovery"]
     assert record["stages"][0]["moves"] == 12
     assert record["stages"][0]["kl"] <= record["kl_before"]
-    assert "without_recovery" in result.report
+    plan, tuned = plans
+    moved = [n for n, r in tuned.rounded.items() if (r.codes.scale != plan.rounded[n].codes.scale).any()]
+    assert moved
+    assert all((r.codes.codes == plan.rounded[n].codes.codes).all() for n, r in tuned.rounded.items())
+    norms = [n for n, v in tuned.vectors.items() if n in plan.vectors and (v != plan.vectors[n]).any()]
+    assert norms
     assert result.report["file_bytes"] <= size
 
 
