@@ -59,13 +59,21 @@ class Triangle:
 
     def symmetric(self) -> Tensor:
         """Return the symmetric matrix (size, size) whose lower half this is."""
-        lower = self.whole()
-        return lower.add_(lower.tril(-1).T)
+        return mirrored(self.whole())
 
     def diagonal(self) -> Tensor:
         """Return the diagonal (size,)."""
         rows = torch.arange(self.size, device=self.values.device)
         return self.values[rows * (rows + 3) // 2]
+
+
+def mirrored(lower: Tensor) -> Tensor:
+    """Return the symmetric matrix (size, size) of a lower half with zeros above, in its place.
+
+    >>> mirrored(torch.tensor([[2.0, 0.0], [1.0, 3.0]])).tolist()
+    [[2.0, 1.0], [1.0, 3.0]]
+    """
+    return lower.add_(lower.tril(-1).T)
 
 
 def factor_in_place(matrix: Tensor) -> tuple[Tensor, bool]:

@@ -2,7 +2,8 @@
 
 Tuned are values that cost no bytes wherever they stand: the step of every matrix in a block, and the blocks' vectors
 (norms, biases), which are rounded on their grid as they will be stored. Gradients are those of the whole model, made
-block by block (`bytecap.recovery.streamed_gradients`); the tuned values and Adam's means of them are all that is held.
+block by block (`bytecap.recovery.streamed_gradients`). Five copies of the tuned values are held at most: themselves,
+Adam's two means, the best, and gradients or, at a check, what may become the best.
 The best that was seen on the correction tokens is kept, or nothing, as for models in memory.
 
 Tried and no better on held-out text: each block's output as its own aim (LOG.md).
@@ -184,6 +185,8 @@ def tune_streamed(
 def tune_values(job: Job, model: StreamedModel, source: Streamed, values: Tuned) -> tuple[float, dict[str, Any]]:
     """Tune values in place, to the best that was seen; returns its KL on the correction tokens, and a record.
 
+    Where no check was lower than `kl_before` of the record, that is what is returned, and the values are of no use.
+
     Args:
         job: names the tokens and the effort.
         model: the job's model.
@@ -199,20 +202,21 @@ def tune_values(job: Job, model: StreamedModel, source: Streamed, values: Tuned)
         return passes.check(), values.snapshot()
 
     with allocator.no_holes(), same_again(job.device), job.reporter.step("recovery", 1) as advance:
-        start, before = check()
+        start = check()[0]
         best, kept, rates, clock = start, None, values.rates(), Clock(job.recover, advance)
         if rates:
             optimizer = loop.adam(rates)
 
             def iterate(rate: float) -> float:
-                optimizer.zero_grad()
                 kl = kl_backward(original, source, passes.windows(), values.weights, batch=batch, scratch=model.scratch)
                 loop.set_rates(optimizer, rate)
                 optimizer.step()
+                optimizer.zero_grad()  # a check holds none
                 return kl if values.storable() else math.inf
 
             best, kept = loop.tune(iterate, check, clock, _SCHEDULE, start, job.reporter.note)
-        values.restore(before if kept is None else kept)
+        if kept is not None:
+            values.restore(kept)
     job.reporter.note(
         f"recovery: {clock.iterations} iterations of values on {passes.read:,} tokens in {clock.seconds:.0f} s, KL on "
         f"the correction tokens {start:.4f} before, {best:.4f} after"

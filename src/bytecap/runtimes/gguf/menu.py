@@ -19,6 +19,7 @@ from torch import Tensor
 from bytecap.allocation.correction import role_name
 from bytecap.calibration.metric import Metric, join
 from bytecap.calibration.sums import Statistics
+from bytecap.calibration.triangle import mirrored
 from bytecap.errors import UsageError
 from bytecap.model.checkpoint import Model
 from bytecap.progress import Advance
@@ -197,7 +198,7 @@ def _metric(unit: Unit, found: Statistics, device: str) -> Metric:
         return Metric(torch.eye(cols, dtype=torch.float64), torch.zeros(rows, dtype=torch.float64))
     whole = join(found.uses.pop(unit.name), found.tokens)
     lower = whole.hessian.tril()  # sums of products differ across the diagonal in the last bit, work files keep a half
-    return Metric(lower.add_(lower.tril(-1).T).to(device), whole.rows.cpu())
+    return Metric(mirrored(lower).to(device), whole.rows.cpu())
 
 
 def choose_shrinkage(items: Sequence[Item], advance: Advance) -> list[Item]:

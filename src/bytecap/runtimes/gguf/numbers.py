@@ -24,6 +24,7 @@ from bytecap.runtimes.gguf.rounding import Rounded
 from bytecap.runtimes.gguf.solve import Found
 from bytecap.types import Unit
 
+RATE = 1.5e-3  # first learning rate, relative to each number
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 

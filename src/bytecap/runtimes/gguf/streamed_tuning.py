@@ -1,8 +1,10 @@
 """Tune scales, minimums and vectors of a streamed model's blocks at frozen codes.
 
 Gradients are those of the KL of the whole model, made block by block (`bytecap.recovery.streamed_gradients`): tensors
-of a block are made from their codes as it is loaded. What is tuned is held, and Adam's two means of it: with groups of
-32 columns and minimums a sixteenth of the parameters each. Omitted: new codes, and what is outside the chain of blocks.
+of a block are made from their codes as it is loaded. Five copies in 32 bits of what is tuned are held at most: itself,
+Adam's two means, the best that was seen, and its gradient or, at a check, what may become the best. With groups of 32
+columns and minimums what is tuned is a sixteenth of the parameters: 1.25 bytes a parameter in all.
+Omitted: new codes, and what is outside the chain of blocks.
 """
 
 from __future__ import annotations
@@ -20,11 +22,10 @@ from bytecap.model.streamed_checkpoint import StreamedModel
 from bytecap.model.streaming import Streamed
 from bytecap.recovery.streamed import tune_values
 from bytecap.runtimes.gguf.menu import Item
-from bytecap.runtimes.gguf.numbers import Owner, owner_of, written
+from bytecap.runtimes.gguf.numbers import RATE, Owner, owner_of, written
 from bytecap.runtimes.gguf.places import Layout
 from bytecap.runtimes.gguf.solve import Found, keep_of, rounded_values
 
-RATE = 1.5e-3  # first learning rate, relative to each number
 _SAID = (
     "recovery of a streamed model tunes scales, minimums, norms and biases of its blocks; codes stay. A model in "
     "memory gets new codes too"
@@ -92,6 +93,7 @@ class BlockNumbers:
 
     def stored(self) -> Values:
         """See `Tuned`."""
+        self._loaded = -1, {}  # a check needs no block's tensors
         rest = rounded_values(self._job.model, self._items, self._found.rounded)
 
         @torch.no_grad()

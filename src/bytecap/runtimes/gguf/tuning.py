@@ -29,14 +29,13 @@ from bytecap.recovery.group_walk import GroupWalk
 from bytecap.recovery.kl_passes import Passes, same_again
 from bytecap.recovery.loop import Clock, Schedule
 from bytecap.runtimes.gguf.menu import Item
-from bytecap.runtimes.gguf.numbers import Owner, owners_of, written
+from bytecap.runtimes.gguf.numbers import RATE, Owner, owners_of, written
 from bytecap.runtimes.gguf.places import Layout
 from bytecap.runtimes.gguf.recoding import BlockUnits, code_anew
 from bytecap.runtimes.gguf.rounding import Coding
 from bytecap.runtimes.gguf.solve import Found, keep_of, rounded_values
 from bytecap.runtimes.gguf.streamed_tuning import tune_streamed_blocks
 
-RATE = 1.5e-3  # first learning rate, relative to each number
 _SCHEDULE = Schedule(warming=10, checks=8, apart=5, last=0.1, what="scales and vectors")
 _CODING = 0.7  # share of the effort in which tensors are coded anew
 _MANY = 100  # iterations from which that pays: in 28 new codes were no better, in 140 they were (LOG.md)
