@@ -9,10 +9,10 @@ import bytecap
 from bytecap.errors import ShortageError
 from bytecap.job.config import FitConfig
 from bytecap.pipeline import memory
+from bytecap.progress import Silent
 from bytecap.system import device_memory
 from bytecap.system.device_memory import allowed, bounded
 from conftest import BUDGET, SMALL
-from test_gguf_streamed import Told
 
 DEVICE = torch.device("cuda", 0)
 with_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
@@ -135,7 +135,7 @@ LEAST = memory._BASE["cuda"]  # and what the tiny model's largest tensor takes
     ],
 )
 def test_a_job_is_bounded_where_its_need_is_known(model_directory, monkeypatch, size, more, most):
-    gpu, told = Gpu(monkeypatch), Told()
+    gpu, told = Gpu(monkeypatch), Silent()
     monkeypatch.setattr(memory, "free", lambda _: 10**11)
     monkeypatch.setattr(memory, "open_streamed", lambda *_, **__: "streamed")
     with memory.opened(model_directory("rotary"), FitConfig(10**9, memory=size, **more), "cuda", told, None) as found:
@@ -153,7 +153,7 @@ def test_a_model_that_cannot_be_streamed_is_not_bounded(model_directory, monkeyp
     def refuse(*_, **__):
         raise memory.Unstreamable("it has no chain")
 
-    gpu, told = Gpu(monkeypatch), Told()
+    gpu, told = Gpu(monkeypatch), Silent()
     monkeypatch.setattr(memory, "open_streamed", refuse)
     with memory.opened(model_directory("rotary"), FitConfig(10**9, memory="1MB"), "cuda", told, None):
         assert gpu.fraction == 1.0
@@ -161,7 +161,7 @@ def test_a_model_that_cannot_be_streamed_is_not_bounded(model_directory, monkeyp
 
 
 def test_a_driver_without_such_segments_is_said(model_directory, monkeypatch):
-    gpu, told = Gpu(monkeypatch, grows=False), Told()
+    gpu, told = Gpu(monkeypatch, grows=False), Silent()
     with memory.opened(model_directory("rotary"), FitConfig(10**9, memory="24GB"), "cuda", told, None):
         assert gpu.fraction == 1.0
     assert told.notes == [
@@ -185,7 +185,7 @@ def test_memory_that_ends_within_a_bound_names_it(model_directory, monkeypatch, 
     config = FitConfig(10**9, memory="24GB")
     with (
         pytest.raises(ShortageError, match=said),
-        memory.opened(model_directory("rotary"), config, "cuda", Told(), None),
+        memory.opened(model_directory("rotary"), config, "cuda", Silent(), None),
     ):
         raise ShortageError("short") from cause
 
