@@ -62,8 +62,8 @@ fast: $(INSTALLED)
 	$(PYTEST) -m 'not slow and not nightly and not browser' --hypothesis-profile=fast
 
 # Two workers and two passes would each compile the same kernels at the same time, so a few tests that need most of them
-# come first, in two processes, with ruff in what the shorter one leaves. Then mypy and the two passes of `numeric` take a process each, one after
-# the other, beside the two of the suite: no core waits for whatever ends last.
+# come first, in two processes, with ruff in what the shorter one leaves. Then mypy and the two passes of `numeric`
+# take a process each, one after the other, beside the two of the suite: no core waits for whatever ends last.
 test: $(INSTALLED)
 	$(MAKE) --no-print-directory -j2 kernels style
 	$(MAKE) --no-print-directory -j2 suite types $(PASSES)

@@ -11,7 +11,7 @@ directory together and takes it apart again.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,6 +58,23 @@ class Spec:
     shape: tuple[int, ...]
 
 
+class Arrays:
+    """Contents of a matrix's tensors, each made when it is asked for, so that nobody packs codes to write scales.
+
+    >>> made = Arrays(lambda: np.zeros(2), lambda: np.ones(3)); made[1].shape, len(list(made))
+    ((3,), 2)
+    """
+
+    def __init__(self, *makers: Callable[[], npt.NDArray[Any]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, number: int) -> npt.NDArray[Any]:
+        return self._makers[number]()
+
+    def __iter__(self) -> Iterator[npt.NDArray[Any]]:
+        return (make() for make in self._makers)
+
+
 class Family(Protocol):
     """The schemes and file layout that runtimes of a family read.
 
@@ -95,7 +112,7 @@ class Family(Protocol):
         """Tensors of a matrix."""
         ...
 
-    def arrays(self, codes: Codes) -> tuple[npt.NDArray[Any], ...]:
+    def arrays(self, codes: Codes) -> Arrays:
         """Contents of these tensors, in the same order; floating-point numbers as float32."""
         ...
 

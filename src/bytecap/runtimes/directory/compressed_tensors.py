@@ -26,7 +26,7 @@ from bytecap.errors import CheckpointError
 from bytecap.model.building import pretrained
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.blocks.stream import pack_words, unpack_words, words_of
-from bytecap.runtimes.directory import Scheme, Spec, nvfp4, split
+from bytecap.runtimes.directory import Arrays, Scheme, Spec, nvfp4, split
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 GROUPS = (0, 128, 64, 32)
@@ -83,20 +83,21 @@ class CompressedTensors:
         found = tuple(Spec(*x) for x in zip(_SUFFIXES, kinds, shapes, strict=True))
         return found if form.minimums else found[:3]
 
-    def arrays(self, codes: Codes) -> tuple[npt.NDArray[Any], ...]:
+    def arrays(self, codes: Codes) -> Arrays:
         """Codes, scales, shape, and zeros."""
         if codes.format.name == nvfp4.NAME:
             return nvfp4.arrays(codes)
         form, bits = codes.format, self._schemes[codes.format.name].bits
-        stored = codes.codes.view(np.uint8) + np.uint8(form.code_zero)
-        found = (
-            pack_words(stored, bits).view(np.int32), codes.scale.astype(np.float32),
-            np.array(codes.codes.shape, np.int64),
+
+        def zeros() -> npt.NDArray[Any]:
+            found = pack_words(np.ascontiguousarray(codes.sub_minimums.view(np.uint8).T), bits).T
+            return np.ascontiguousarray(found).view(np.int32)
+
+        return Arrays(
+            lambda: pack_words(codes.codes.view(np.uint8) + np.uint8(form.code_zero), bits).view(np.int32),
+            lambda: codes.scale.astype(np.float32), lambda: np.array(codes.codes.shape, np.int64),
+            *((zeros,) if form.minimums else ()),
         )  # fmt: skip
-        if not form.minimums:
-            return found
-        zeros = pack_words(np.ascontiguousarray(codes.sub_minimums.view(np.uint8).T), bits).T
-        return (*found, np.ascontiguousarray(zeros).view(np.int32))
 
     def codes(self, form: BlockFormat, arrays: Sequence[npt.NDArray[Any]]) -> Codes:
         """Codes from words, scales and zeros."""

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from bytecap.errors import CheckpointError
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.blocks.stream import pack_words, unpack_words, words_of
-from bytecap.runtimes.directory import Scheme, Spec, split
+from bytecap.runtimes.directory import Arrays, Scheme, Spec, split
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (128, 64, 32)
@@ -65,10 +65,12 @@ class Mlx:
         words = Spec("weight", "U32", (rows, words_of(cols, _bits(form))))
         return words, Spec("scales", form.float_type, groups), Spec("biases", form.float_type, groups)
 
-    def arrays(self, codes: Codes) -> tuple[npt.NDArray[Any], ...]:
+    def arrays(self, codes: Codes) -> Arrays:
         """Codes, scales, biases."""
-        scale, minimum = (a.astype(np.float32) for a in (codes.scale, codes.minimum))
-        return pack_words(codes.codes.view(np.uint8), _bits(codes.format)), scale, -minimum
+        return Arrays(
+            lambda: pack_words(codes.codes.view(np.uint8), _bits(codes.format)),
+            lambda: codes.scale.astype(np.float32), lambda: -codes.minimum.astype(np.float32),
+        )  # fmt: skip
 
     def codes(self, form: BlockFormat, arrays: Sequence[npt.NDArray[Any]]) -> Codes:
         """Codes from words, scales and biases."""

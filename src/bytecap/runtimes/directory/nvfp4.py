@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from bytecap.runtimes.blocks import BlockFormat, Codes
 from bytecap.runtimes.blocks.ggml import FORMATS
-from bytecap.runtimes.directory import Spec, split
+from bytecap.runtimes.directory import Arrays, Spec, split
 
 NAME, FORMAT = "nvfp4", "nvfp4-pack-quantized"
 GROUP = 16
@@ -73,12 +73,20 @@ def specs(rows: int, cols: int) -> tuple[Spec, ...]:
     )  # fmt: skip
 
 
-def arrays(codes: Codes) -> tuple[npt.NDArray[Any], ...]:
-    """Contents of these tensors; the first column of two is in the low half of a byte."""
+def arrays(codes: Codes) -> Arrays:
+    """Contents of these tensors."""
+    return Arrays(
+        lambda: _packed(codes), lambda: bytes_of(np.asarray(codes.scale / _HALF, np.float32)),
+        lambda: np.array([GLOBAL], np.float32),
+    )  # fmt: skip
+
+
+def _packed(codes: Codes) -> npt.NDArray[np.uint8]:
+    """Codes, the first column of two in the low half of a byte."""
     size = np.searchsorted(np.array(_LEVELS[7:]), np.abs(codes.codes)).astype(np.uint8)
     stored = size | np.where(codes.codes < 0, np.uint8(8), np.uint8(0))
-    packed = stored[:, ::2] | (stored[:, 1::2] << np.uint8(4))
-    return packed, bytes_of(np.asarray(codes.scale / _HALF, np.float32)), np.array([GLOBAL], np.float32)
+    packed: npt.NDArray[np.uint8] = stored[:, ::2] | (stored[:, 1::2] << np.uint8(4))
+    return packed
 
 
 def codes_of(tensors: Sequence[npt.NDArray[Any]]) -> Codes:
